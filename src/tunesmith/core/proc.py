@@ -1,0 +1,59 @@
+"""The only place that starts other programs. Commands are lists of arguments, never shell text."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tunesmith.core.errors import TunesmithError, UserError
+
+
+def run(
+    args: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and return its output as text.
+
+    Raises UserError when the program is not installed, TunesmithError when it fails (with the last
+    lines of its error output) or takes longer than `timeout_s`.
+    """
+    if shutil.which(args[0]) is None:
+        raise UserError(f"the program '{args[0]}' is not on this machine", hint=f"install {args[0]}")
+    try:
+        done = subprocess.run(
+            list(args), cwd=cwd, env=env, timeout=timeout_s, text=True, errors="replace", capture_output=True
+        )
+    except subprocess.TimeoutExpired:
+        raise TunesmithError(f"'{args[0]}' did not end within {timeout_s:g} s") from None
+    if check and done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-8:])
+        raise TunesmithError(f"'{' '.join(args[:4])}' ended with code {done.returncode}:\n{tail}")
+    return done
+
+
+def start(
+    args: Sequence[str], *, log: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a program in the background; its output goes to the file `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            list(args), cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+        )
+
+
+def stop(process: subprocess.Popen[bytes], *, grace_s: float = 20.0) -> int:
+    """End a program that `start` began: SIGTERM, then SIGKILL after `grace_s`. Returns its exit code."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()

@@ -1,0 +1,115 @@
+"""The run folder: the only bridge between the parts that work and the parts that show.
+
+A checkpoint is complete when, and only when, its `manifest.json` (written last) names every file with
+its size and SHA-256, and the files agree.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import UserError
+from tunesmith.core.paths import sha256_file, write_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.yaml"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "export" / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "export" / "merged"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """The whole and unharmed checkpoints, oldest first."""
+        found = sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name))
+        return [path for path in found if manifest_holds(path)]
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; damaged newer ones are passed over."""
+        found = sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name), reverse=True)
+        return next((path for path in found if manifest_holds(path)), None)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def open_run(path: Path) -> RunFolder:
+    """The run in `path`. Raises UserError when there is none."""
+    if not is_run(path):
+        raise UserError(
+            f"{path}: not a run folder (it has no recipe.yaml with checkpoints/)",
+            hint="give the folder that 'tunesmith train' named, such as runs/NAME",
+        )
+    return RunFolder(path)
+
+
+def write_manifest(folder: Path, **fields: Any) -> None:
+    """Write `manifest.json` of a folder: `fields`, and size and SHA-256 of every other file in it."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, fields | {"files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def manifest_holds(folder: Path) -> bool:
+    """True when every file that the manifest names is there, with its size and its hash."""
+    manifest = read_manifest(folder)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return False
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+    return all(sha256_file(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())

@@ -1,0 +1,181 @@
+"""The recipe: what a user writes, typed and frozen. One sentence and one unit per field.
+
+`"auto"` stands for a value that `recipe.resolve` works out from the model, the data and the machine; the
+resolved recipe has the same shape and no `"auto"` left.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text"]
+TooLong = Literal["drop", "truncate", "error"]
+Precision = Literal["fp32", "bf16", "bf16-pure", "fp16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    """The model to start from."""
+
+    path: str = Field(
+        description="A local folder, a hub id (owner/name), a GGUF file, a run folder, or the built-in "
+        "name smollm2-135m-instruct."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id; the lock keeps the commit.")
+    endpoint: list[str] | None = Field(
+        None, description="Hub endpoints to try in order, such as a mirror; default: $HF_ENDPOINT, else the hub."
+    )
+    offline: bool = Field(False, description="Use only what is in the cache; also on with $HF_HUB_OFFLINE=1.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off by default.")
+    chat_template: str | None = Field(
+        None, description="A Jinja file that replaces the model's own chat template, in training and serving alike."
+    )
+
+
+class Source(Section):
+    """One source of rows."""
+
+    path: str = Field(
+        description="A file (json, jsonl, csv, parquet, arrow), a folder of them, a folder saved by datasets, "
+        "or a hub id."
+    )
+    format: Format | Auto = Field("auto", description="How the rows are written; auto looks at the columns.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our name of a column: the name it has in the file."
+    )
+    split: str = Field("train", description="Split of a hub data set or a saved data set.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the rows used in each epoch: 0.5 takes half, 2 takes each row twice."
+    )
+
+
+class Data(Section):
+    """The rows to learn from."""
+
+    sources: list[Source] = Field(min_length=1, description="Where the rows come from.")
+    system: str | None = Field(
+        None, description="A system message for rows that have none; null leaves that to the chat template."
+    )
+    max_length: Annotated[int, Field(ge=8)] | Auto = Field(
+        "auto", description="Most tokens of one row, and the size of a pack; auto: the model's limit, at most 2048."
+    )
+    too_long: TooLong = Field("drop", description="What happens to a row of more than max_length tokens; always counted.")
+    duplicates: Literal["keep", "drop"] = Field("keep", description="What happens to a row seen before; always counted.")
+    packing: bool = Field(
+        True, description="Lay whole rows end to end in packs of max_length tokens, each seeing only itself."
+    )
+    eval_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of rows held out, chosen by each row's hash. 0 holds out none."
+    )
+    eval_sources: list[Source] = Field(
+        default_factory=list, description="Held-out rows from files of their own; then eval_fraction is not used."
+    )
+    workers: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="Processes that tokenise.")
+
+
+class Method(Section):
+    """What is trained."""
+
+    type: Literal["full", "lora", "qlora"] = Field("lora", description="All weights, or low-rank adapters.")
+    rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: float | Auto = Field("auto", description="Scale numerator: adapters are scaled by alpha / rank; auto: 2 x rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the linear layers that get an adapter; all-linear leaves out the head."
+    )
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).")
+
+
+class Train(Section):
+    """The optimisation."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the data; not used when max_steps is given.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps after which training ends.")
+    micro_batch_size: int = Field(1, ge=1, description="Packs (rows without packing) in one forward pass.")
+    grad_accumulation: int = Field(1, ge=1, description="Forward passes in one optimizer step.")
+    lr: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="Peak learning rate; auto: 2e-4 for lora, 2e-5 for full.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Course of the learning rate after warm-up.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the optimizer steps spent in linear warm-up.")
+    warmup_steps: int | None = Field(None, ge=0, description="Optimizer steps of warm-up; overrides warmup_ratio.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two decay rates.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this L2 norm; null: never.")
+    precision: Precision | Auto = Field(
+        "auto",
+        description="fp32; bf16 (compute in bf16, trained weights kept in fp32); bf16-pure (everything bf16); fp16 "
+        "(with loss scaling). auto: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.",
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and the order of rows.")
+    save_every: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="Optimizer steps between checkpoints; auto: five a run, at least 10 steps apart."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    log_every: int = Field(1, ge=1, description="Optimizer steps between logged losses.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard files into the run folder.")
+
+
+class Eval(Section):
+    """Held-out loss during training."""
+
+    every: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="Optimizer steps between evaluations; 0: only at the end; auto: four a run."
+    )
+    max_rows: int | None = Field(None, ge=1, description="Most held-out rows used for the loss; null: all.")
+
+
+class Samples(Section):
+    """Answers generated during training, so that a person sees it learn."""
+
+    every: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="Optimizer steps between samples; 0: never; auto: with each evaluation."
+    )
+    prompts: list[str] = Field(default_factory=list, description="User messages to answer; none: no samples.")
+    max_new_tokens: int = Field(64, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(0.0, ge=0, description="0: greedy.")
+
+
+class Serve(Section):
+    """The endpoint."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; the default is reachable from this machine only.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    api_key: str | None = Field(None, description="Key that clients must send; or set $TUNESMITH_API_KEY.")
+    model_name: str | None = Field(None, description="Name in /v1/models; default: the run's or folder's name.")
+    max_length: Annotated[int, Field(ge=8)] | Auto = Field(
+        "auto", description="Most tokens of prompt and answer together; auto: the model's limit, at most 4096."
+    )
+    max_concurrent: int = Field(32, ge=1, description="Requests computed at the same time; more wait in line.")
+    precision: Literal["fp32", "bf16", "fp16"] | Auto = Field("auto", description="Of the served weights; auto: fp32 on CPU, bf16 on GPU.")
+
+
+class Hardware(Section):
+    """The machine."""
+
+    device: Literal["cpu", "cuda"] | Auto = Field("auto", description="Where to compute; auto: a GPU when there is one.")
+    threads: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="CPU threads; auto: the physical cores.")
+
+
+class Recipe(Section):
+    """One file from data to endpoint."""
+
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; default: the recipe file's name."
+    )
+    output_dir: str = Field("runs", description="Folder that holds the run folders, relative to where you call.")
+    model: Model
+    data: Data
+    method: Method = Method()
+    train: Train = Train()
+    eval: Eval = Eval()
+    samples: Samples = Samples()
+    serve: Serve = Serve()
+    hardware: Hardware = Hardware()
