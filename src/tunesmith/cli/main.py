@@ -19,7 +19,10 @@ from tunesmith.core.errors import MissingExtra, TunesmithError, UserError
 
 # name: (module with a typer app named `app`, one line of help)
 COMMANDS = {
-    "quickstart": ("tunesmith.cli.quickstart", "Fine-tune, prove, export and serve a small real model in minutes."),
+    "quickstart": (
+        "tunesmith.cli.quickstart",
+        "Fine-tune, prove, export and serve a small real model in minutes.",
+    ),
     "fetch": ("tunesmith.cli.fetch", "Bring a model to this machine and write its lock."),
     "data": ("tunesmith.cli.data", "Show and check the rows of a recipe as the model will see them."),
     "train": ("tunesmith.cli.train", "Train a recipe, or resume its unfinished run."),
@@ -56,7 +59,9 @@ Example:
 
 def usage() -> str:
     width = max(map(len, COMMANDS)) + 3
-    return USAGE.format(commands="\n".join(f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items()))
+    return USAGE.format(
+        commands="\n".join(f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items())
+    )
 
 
 def print_json(value: Any) -> None:

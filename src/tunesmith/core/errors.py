@@ -1,12 +1,12 @@
 """The error tree. Every error a user can cause is one of these; anything else is a bug.
 
-    TunesmithError            exit code 1
-      UserError               exit code 2: an input is wrong (file, option, recipe, data)
-        RecipeErrors          all errors of one recipe at once
-      PlanRefused             exit code 3: the run cannot work; the hint is a recipe that can
-      RunFailed               exit code 4: the run stopped (a loss that is not finite, a full disk)
-      Interrupted             exit code 128 + signal: stopped on request, state saved
-      MissingExtra            exit code 2: an optional part of tunesmith is not installed
+TunesmithError            exit code 1
+  UserError               exit code 2: an input is wrong (file, option, recipe, data)
+    RecipeErrors          all errors of one recipe at once
+  PlanRefused             exit code 3: the run cannot work; the hint is a recipe that can
+  RunFailed               exit code 4: the run stopped (a loss that is not finite, a full disk)
+  Interrupted             exit code 128 + signal: stopped on request, state saved
+  MissingExtra            exit code 2: an optional part of tunesmith is not installed
 """
 
 from __future__ import annotations

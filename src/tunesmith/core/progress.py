@@ -22,8 +22,9 @@ def say(text: str) -> None:
 class Meter:
     """A progress bar: `with Meter("tokenise", total=900) as meter: meter.advance(1, "3 dropped")`."""
 
-    def __init__(self, label: str, total: float | None = None, done: float = 0) -> None:
-        self.label, self.total, self.done = label, total, done
+    def __init__(self, label: str, total: float | None = None, done: int = 0) -> None:
+        self.label, self.total = label, total
+        self.done: float = done
         self._live = console.is_terminal
         self._last_line = 0.0
         self._bar = Progress(

@@ -27,14 +27,20 @@ class Model(Section):
         description="A local folder, a hub id (owner/name), a GGUF file, a run folder, or the built-in "
         "name smollm2-135m-instruct."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id; the lock keeps the commit.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a hub id; the lock keeps the commit."
+    )
     endpoint: list[str] | None = Field(
-        None, description="Hub endpoints to try in order, such as a mirror; default: $HF_ENDPOINT, else the hub."
+        None,
+        description="Hub endpoints to try in order, such as a mirror; default: $HF_ENDPOINT, else the hub.",
     )
     offline: bool = Field(False, description="Use only what is in the cache; also on with $HF_HUB_OFFLINE=1.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off by default.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off by default."
+    )
     chat_template: str | None = Field(
-        None, description="A Jinja file that replaces the model's own chat template, in training and serving alike."
+        None,
+        description="A Jinja file in place of the model's own chat template, in training and serving alike.",
     )
 
 
@@ -42,8 +48,8 @@ class Source(Section):
     """One source of rows."""
 
     path: str = Field(
-        description="A file (json, jsonl, csv, parquet, arrow), a folder of them, a folder saved by datasets, "
-        "or a hub id."
+        description="A file (json, jsonl, csv, parquet, arrow), a folder of them, a folder saved by "
+        "datasets, or a hub id."
     )
     format: Format | Auto = Field("auto", description="How the rows are written; auto looks at the columns.")
     columns: dict[str, str] = Field(
@@ -63,10 +69,15 @@ class Data(Section):
         None, description="A system message for rows that have none; null leaves that to the chat template."
     )
     max_length: Annotated[int, Field(ge=8)] | Auto = Field(
-        "auto", description="Most tokens of one row, and the size of a pack; auto: the model's limit, at most 2048."
+        "auto",
+        description="Most tokens of one row, and the size of a pack; auto: the model's limit, at most 2048.",
     )
-    too_long: TooLong = Field("drop", description="What happens to a row of more than max_length tokens; always counted.")
-    duplicates: Literal["keep", "drop"] = Field("keep", description="What happens to a row seen before; always counted.")
+    too_long: TooLong = Field(
+        "drop", description="What happens to a row of more than max_length tokens; always counted."
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="What happens to a row seen before; always counted."
+    )
     packing: bool = Field(
         True, description="Lay whole rows end to end in packs of max_length tokens, each seeing only itself."
     )
@@ -74,7 +85,8 @@ class Data(Section):
         0.05, ge=0, lt=1, description="Share of rows held out, chosen by each row's hash. 0 holds out none."
     )
     eval_sources: list[Source] = Field(
-        default_factory=list, description="Held-out rows from files of their own; then eval_fraction is not used."
+        default_factory=list,
+        description="Held-out rows from files of their own; then eval_fraction is not used.",
     )
     workers: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="Processes that tokenise.")
 
@@ -84,10 +96,13 @@ class Method(Section):
 
     type: Literal["full", "lora", "qlora"] = Field("lora", description="All weights, or low-rank adapters.")
     rank: int = Field(16, ge=1, description="Rank of the adapters.")
-    alpha: float | Auto = Field("auto", description="Scale numerator: adapters are scaled by alpha / rank; auto: 2 x rank.")
+    alpha: float | Auto = Field(
+        "auto", description="Scale numerator: adapters are scaled by alpha / rank; auto: 2 x rank."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
     targets: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Names of the linear layers that get an adapter; all-linear leaves out the head."
+        "all-linear",
+        description="Names of the linear layers that get an adapter; all-linear leaves out the head.",
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).")
 
@@ -99,21 +114,36 @@ class Train(Section):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps after which training ends.")
     micro_batch_size: int = Field(1, ge=1, description="Packs (rows without packing) in one forward pass.")
     grad_accumulation: int = Field(1, ge=1, description="Forward passes in one optimizer step.")
-    lr: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="Peak learning rate; auto: 2e-4 for lora, 2e-5 for full.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Course of the learning rate after warm-up.")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the optimizer steps spent in linear warm-up.")
-    warmup_steps: int | None = Field(None, ge=0, description="Optimizer steps of warm-up; overrides warmup_ratio.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    lr: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="Peak learning rate; auto: 2e-4 for lora, 2e-5 for full."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Course of the learning rate after warm-up."
+    )
+    warmup_ratio: float = Field(
+        0.03, ge=0, lt=1, description="Share of the optimizer steps spent in linear warm-up."
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Optimizer steps of warm-up; overrides warmup_ratio."
+    )
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's two decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this L2 norm; null: never.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients are scaled down to this L2 norm; null: never."
+    )
     precision: Precision | Auto = Field(
         "auto",
-        description="fp32; bf16 (compute in bf16, trained weights kept in fp32); bf16-pure (everything bf16); fp16 "
-        "(with loss scaling). auto: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU.",
+        description="fp32; bf16 (compute in bf16, trained weights in fp32); bf16-pure (everything bf16); "
+        "fp16 (with loss scaling). auto: bf16 where the hardware multiplies it, else fp16 on a GPU and "
+        "fp32 on a CPU.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and the order of rows.")
     save_every: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="Optimizer steps between checkpoints; auto: five a run, at least 10 steps apart."
@@ -146,31 +176,48 @@ class Samples(Section):
 class Serve(Section):
     """The endpoint."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; the default is reachable from this machine only.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; the default is reachable from this machine only."
+    )
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
     api_key: str | None = Field(None, description="Key that clients must send; or set $TUNESMITH_API_KEY.")
-    model_name: str | None = Field(None, description="Name in /v1/models; default: the run's or folder's name.")
-    max_length: Annotated[int, Field(ge=8)] | Auto = Field(
-        "auto", description="Most tokens of prompt and answer together; auto: the model's limit, at most 4096."
+    model_name: str | None = Field(
+        None, description="Name in /v1/models; default: the run's or folder's name."
     )
-    max_concurrent: int = Field(32, ge=1, description="Requests computed at the same time; more wait in line.")
-    precision: Literal["fp32", "bf16", "fp16"] | Auto = Field("auto", description="Of the served weights; auto: fp32 on CPU, bf16 on GPU.")
+    max_length: Annotated[int, Field(ge=8)] | Auto = Field(
+        "auto",
+        description="Most tokens of prompt and answer together; auto: the model's limit, at most 4096.",
+    )
+    max_concurrent: int = Field(
+        32, ge=1, description="Requests computed at the same time; more wait in line."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | Auto = Field(
+        "auto", description="Of the served weights; auto: fp32 on CPU, bf16 on GPU."
+    )
 
 
 class Hardware(Section):
     """The machine."""
 
-    device: Literal["cpu", "cuda"] | Auto = Field("auto", description="Where to compute; auto: a GPU when there is one.")
-    threads: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="CPU threads; auto: the physical cores.")
+    device: Literal["cpu", "cuda"] | Auto = Field(
+        "auto", description="Where to compute; auto: a GPU when there is one."
+    )
+    threads: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="CPU threads; auto: the physical cores."
+    )
 
 
 class Recipe(Section):
     """One file from data to endpoint."""
 
     name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; default: the recipe file's name."
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run; default: the recipe file's name.",
     )
-    output_dir: str = Field("runs", description="Folder that holds the run folders, relative to where you call.")
+    output_dir: str = Field(
+        "runs", description="Folder that holds the run folders, relative to where you call."
+    )
     model: Model
     data: Data
     method: Method = Method()

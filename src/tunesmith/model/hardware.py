@@ -1,0 +1,82 @@
+"""What this machine computes with: device, threads, number formats, seeds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tunesmith.core.errors import UserError
+from tunesmith.recipe.schema import Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device to compute on. Raises UserError when a GPU is asked for and none can be used."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "hardware.device: 'cuda': torch sees no GPU on this machine",
+            hint="take 'auto' or 'cpu', or check the driver with nvidia-smi and torch's CUDA build",
+        )
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once."""
+    usable = os.sched_getaffinity(0)
+    seen: set[str] = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            seen.add(siblings.read_text())
+        except OSError:
+            seen.add(str(cpu))
+    return max(1, min(len(seen), _cgroup_cpus()))
+
+
+def _cgroup_cpus() -> int:
+    """Whole CPUs that a container's quota allows; a large number when there is no quota."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(quota) // int(period)) if quota != "max" else 1 << 20
+    except (OSError, ValueError):
+        return 1 << 20
+
+
+def set_threads(wanted: int | Literal["auto"]) -> int:
+    """Let torch compute with this many CPU threads; returns the number."""
+    if wanted == "auto":
+        given = os.environ.get("OMP_NUM_THREADS", "")
+        count = int(given) if given.isdigit() and int(given) > 0 else physical_cores()
+    else:
+        count = wanted
+    torch.set_num_threads(count)
+    return count
+
+
+def cpu_multiplies_bf16() -> bool:
+    """True when the CPU has bf16 matrix instructions; without them bf16 is several times slower than fp32."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+
+
+def pick_training_precision(wanted: Precision | Literal["auto"], device: torch.device) -> Precision:
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
+
+
+def pick_serving_dtype(wanted: Literal["fp32", "bf16", "fp16", "auto"], device: torch.device) -> torch.dtype:
+    """The dtype of served weights; on a CPU fp32, whose greedy answers do not depend on the batch."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

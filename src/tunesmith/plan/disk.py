@@ -1,0 +1,73 @@
+"""Disk: what a run will write, against what is free."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.units import bytes_text
+
+# Logs, tokenizer, reports and the folder entries of a run.
+SMALL_FILES_BYTES = 32 * 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskPlan:
+    """Bytes that a run needs at its fullest moment, by part, and bytes that are free there."""
+
+    checkpoint_bytes: int
+    checkpoints_held: int
+    export_bytes: int
+    needed_bytes: int
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.free_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"fits": self.fits}
+
+    def text(self) -> str:
+        return (
+            f"{bytes_text(self.needed_bytes)} needed ({self.checkpoints_held} checkpoints of "
+            f"{bytes_text(self.checkpoint_bytes)}), {bytes_text(self.free_bytes)} free"
+        )
+
+
+def checkpoint_bytes(num_trained: int, weight_bytes: int, optimizer_bytes: int = 4) -> int:
+    """Size of a checkpoint: the trained weights and AdamW's two moments.
+
+    num_trained: trained parameters; weight_bytes: bytes of a stored weight (with its fp32 master, where
+    there is one); optimizer_bytes: bytes of one moment of one parameter.
+    """
+    return num_trained * (weight_bytes + 2 * optimizer_bytes)
+
+
+def plan_disk(
+    folder: Path, *, checkpoint: int, keep: int, saves: int, export: int, present: int = 0
+) -> DiskPlan:
+    """Compare a run's need with the free space where `folder` lies.
+
+    checkpoint: bytes of one; keep: checkpoints kept; saves: checkpoints written in all; export: bytes of the
+    final export; present: bytes that an earlier part of this run has already written there.
+    """
+    held = min(saves, keep + 1)  # a new one is complete before the oldest goes
+    needed = max(0, held * checkpoint + export + SMALL_FILES_BYTES - present)
+    return DiskPlan(
+        checkpoint_bytes=checkpoint,
+        checkpoints_held=held,
+        export_bytes=export,
+        needed_bytes=needed,
+        free_bytes=free_bytes(folder),
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that `folder` lies on, or will lie on."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

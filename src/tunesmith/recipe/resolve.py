@@ -1,0 +1,83 @@
+"""Replace every "auto" of a recipe by its value. The recipe a user wrote is never changed: the result is
+a second object of the same shape, written to the run's `resolved.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tunesmith.core.errors import UserError
+from tunesmith.recipe.schema import Precision, Recipe
+
+MAX_LENGTH = 2048
+SERVE_MAX_LENGTH = 4096
+LR = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+MAX_WORKERS = 8
+MIN_SAVE_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the values depend on: the model's limit in tokens, and what the machine can do."""
+
+    context_length: int
+    device: Literal["cpu", "cuda"]
+    threads: int
+    precision: Precision
+    serve_precision: Literal["fp32", "bf16", "fp16"]
+
+
+def resolve(recipe: Recipe, facts: Facts) -> Recipe:
+    """Fill in all that does not depend on the number of steps; `resolve_steps` does the rest.
+
+    Raises UserError for a length beyond the model's limit, and for a method that cannot run here.
+    """
+    _refuse_qlora(recipe)
+    for key, length in (("data", recipe.data.max_length), ("serve", recipe.serve.max_length)):
+        if length != "auto" and length > facts.context_length:
+            raise UserError(
+                f"{key}.max_length: {length} is more than the model's limit of {facts.context_length} tokens",
+                hint=f"take at most {facts.context_length}, or 'auto'",
+            )
+    return _updated(
+        recipe,
+        data={
+            "max_length": min(facts.context_length, MAX_LENGTH),
+            "workers": max(1, min(facts.threads, MAX_WORKERS)),
+        },
+        method={"alpha": 2.0 * recipe.method.rank},
+        train={"lr": LR[recipe.method.type], "precision": facts.precision},
+        serve={
+            "max_length": min(facts.context_length, SERVE_MAX_LENGTH),
+            "precision": facts.serve_precision,
+        },
+        hardware={"device": facts.device, "threads": facts.threads},
+    )
+
+
+def resolve_steps(recipe: Recipe, total_steps: int) -> Recipe:
+    """Fill in the intervals that depend on the number of optimizer steps of the run."""
+    every = max(1, round(total_steps / 4))
+    done = _updated(
+        recipe, train={"save_every": max(MIN_SAVE_STEPS, round(total_steps / 5))}, eval={"every": every}
+    )
+    return _updated(done, samples={"every": done.eval.every})
+
+
+def _updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """The recipe with each named value put in where "auto" stands."""
+    changed = {}
+    for name, values in sections.items():
+        section = getattr(recipe, name)
+        fills = {key: value for key, value in values.items() if getattr(section, key) == "auto"}
+        changed[name] = section.model_copy(update=fills)
+    return recipe.model_copy(update=changed)
+
+
+def _refuse_qlora(recipe: Recipe) -> None:
+    if recipe.method.type == "qlora":
+        raise UserError(
+            "method.type: 'qlora' needs a base model quantised to 4 bits (NF4, through bitsandbytes), "
+            "which this version does not load",
+            hint="take 'lora': the same adapters over a base in bf16, about 2 bytes a weight",
+        )

@@ -1,0 +1,107 @@
+"""Fixtures: every test has its own cache and folder; models are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the caches of another, or of the user."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TUNESMITH_API_KEY", raising=False)
+
+
+@pytest.fixture(scope="session")
+def smol() -> Path:
+    """Folder of the built-in model smollm2-135m-instruct, made once and kept between test runs."""
+    given = os.environ.get("TUNESMITH_TEST_SMOL")
+    if given:
+        return Path(given)
+    from tunesmith.hub.sources import resolve_model
+
+    return resolve_model("smollm2-135m-instruct").folder
+
+
+@pytest.fixture(scope="session")
+def tiny(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama with SmolLM2's tokenizer and template: fast, and a real model."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smol).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """Folder with real Alpaca and ShareGPT shaped files; it is not part of the repository."""
+    given = os.environ.get("TUNESMITH_TEST_DATA")
+    folder = Path(given) if given else ROOT.parent / "shared" / "data"
+    if not (folder / "alpaca_en_demo.json").is_file():
+        pytest.skip("alpaca_en_demo.json is not here: set TUNESMITH_TEST_DATA to its folder")
+    return folder
+
+
+class Cli:
+    """Runs the real command in a process of its own."""
+
+    def __call__(
+        self,
+        *args: str | Path,
+        cwd: Path | None = None,
+        timeout: float = 300,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tunesmith", *map(str, args)],
+            cwd=cwd,
+            env=os.environ | (env or {}),
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+
+    def json(self, *args: str | Path, cwd: Path | None = None, timeout: float = 300) -> dict[str, object]:
+        """Run with --json, expect success, and return the one object on stdout."""
+        done = self(*args, "--json", cwd=cwd, timeout=timeout)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.strip().splitlines()
+        assert len(lines) == 1, done.stdout
+        return json.loads(lines[0])
+
+
+@pytest.fixture
+def cli() -> Cli:
+    return Cli()
