@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.plan.disk import SMALL_FILES_BYTES, checkpoint_bytes, free_bytes, plan_disk
+
+
+def test_checkpoint_is_weights_and_two_moments() -> None:
+    assert checkpoint_bytes(10, weight_bytes=2) == 10 * (2 + 4 + 4)
+    assert checkpoint_bytes(10, weight_bytes=2, optimizer_bytes=2) == 60
+
+
+def test_the_fullest_moment_holds_one_more_than_is_kept(tmp_path: Path) -> None:
+    plan = plan_disk(tmp_path, checkpoint=100, keep=2, saves=9, export=7)
+    assert plan.checkpoints_held == 3 and plan.needed_bytes == 307 + SMALL_FILES_BYTES and plan.fits
+    assert plan_disk(tmp_path, checkpoint=100, keep=5, saves=1, export=0).checkpoints_held == 1
+    assert (
+        plan_disk(tmp_path, checkpoint=100, keep=2, saves=9, export=7, present=300).needed_bytes
+        == 7 + SMALL_FILES_BYTES
+    )
+
+
+def test_more_than_free_does_not_fit_and_missing_folders_count_as_their_parent(tmp_path: Path) -> None:
+    plan = plan_disk(tmp_path / "a" / "b", checkpoint=free_bytes(tmp_path) * 2, keep=1, saves=1, export=0)
+    assert not plan.fits and plan.as_dict()["fits"] is False
