@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tunesmith.core.errors import TunesmithError, UserError
 
+Process = subprocess.Popen[bytes]
+
 
 def run(
     args: Sequence[str],
@@ -39,7 +41,7 @@ def run(
 
 def start(
     args: Sequence[str], *, log: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
+) -> Process:
     """Start a program in the background; its output goes to the file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -48,7 +50,7 @@ def start(
         )
 
 
-def stop(process: subprocess.Popen[bytes], *, grace_s: float = 20.0) -> int:
+def stop(process: Process, *, grace_s: float = 20.0) -> int:
     """End a program that `start` began: SIGTERM, then SIGKILL after `grace_s`. Returns its exit code."""
     if process.poll() is None:
         process.terminate()

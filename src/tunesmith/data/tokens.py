@@ -1,0 +1,148 @@
+"""Rows to token ids and labels, chunk by chunk, in this process or in several."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.core.errors import TunesmithError, UserError
+from tunesmith.data.formats import Dialogue, RowError, RowShape
+from tunesmith.data.readers import BadRow, NumberedRow
+from tunesmith.model.batch import IGNORE
+from tunesmith.model.template import Encoded, encode_text, encoder_of
+
+CHUNK_ROWS = 512
+# A worker process needs seconds to import and to load the tokenizer: below this size it does not pay.
+POOL_FROM_BYTES = 32 * 2**20
+EMPTY = Encoded([], [])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokenised rows, ready for a RowWriter; faults are (row number, what is wrong)."""
+
+    arrays: dict[str, NDArray[Any]]
+    faults: list[tuple[int, str]]
+    rows: int
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Tokenises rows of one shape with one tokenizer; `system` is for rows that have no system message."""
+
+    tokenizer: PreTrainedTokenizerBase
+    shape: RowShape
+    system: str | None
+
+    def chunk(self, rows: list[NumberedRow]) -> Chunk:
+        parsed: list[tuple[int, Dialogue, bytes]] = []
+        faults: list[tuple[int, str]] = []
+        for number, row in rows:
+            try:
+                dialogue = self._parse(row)
+                parsed.append((number, dialogue.with_system(self.system), dialogue.digest()))
+            except RowError as error:
+                faults.append((number, str(error)))
+        encoded = self._encode([dialogue for _, dialogue, _ in parsed])
+        good = []
+        for (number, _, digest), result in zip(parsed, encoded, strict=True):
+            if isinstance(result, UserError):
+                faults.append((number, result.what + (f" ({result.hint})" if result.hint else "")))
+            else:
+                good.append((number, digest, result))
+        return Chunk(_arrays(good), sorted(faults), len(rows))
+
+    def _parse(self, row: Any) -> Dialogue:
+        if isinstance(row, BadRow):
+            raise RowError(row.why)
+        return self.shape.parse(row)
+
+    def _encode(self, dialogues: list[Dialogue]) -> list[Encoded | UserError]:
+        chats = [(d.messages, d.tools) for d in dialogues if d.text is None and not d.is_empty]
+        done = iter(encoder_of(self.tokenizer).dialogues(chats)) if chats else iter(())
+        results: list[Encoded | UserError] = []
+        for dialogue in dialogues:
+            if dialogue.is_empty:
+                results.append(EMPTY)
+            elif dialogue.text is not None:
+                results.append(encode_text(self.tokenizer, dialogue.text))
+            else:
+                results.append(next(done))
+        return results
+
+
+def _arrays(rows: list[tuple[int, bytes, Encoded]]) -> dict[str, NDArray[Any]]:
+    ids = [np.array(e.ids, dtype=np.uint32) for _, _, e in rows]
+    masks = [np.array(e.labels, dtype=np.int64) != IGNORE for _, _, e in rows]
+    for mask in masks:
+        mask[:1] = False  # nothing comes before the first token of a row, so nothing can predict it
+    digests = [np.frombuffer(digest[:16], dtype="<u8") for _, digest, _ in rows]
+    marks = [(e.unmatched, e.straddled, e.without_stop, int(e.escaped)) for _, _, e in rows]
+    return {
+        "ids": np.concatenate([np.zeros(0, dtype=np.uint32), *ids]),
+        "mask": np.concatenate([np.zeros(0, dtype=np.bool_), *masks]),
+        "lengths": np.array([len(i) for i in ids], dtype=np.int64),
+        "supervised": np.array([m.sum() for m in masks], dtype=np.int64),
+        "numbers": np.array([number for number, _, _ in rows], dtype=np.int64),
+        "digests": np.array(digests, dtype=np.uint64).reshape(len(rows), 2),
+        "marks": np.array(marks, dtype=np.uint16).reshape(len(rows), 4),
+    }
+
+
+def encode_rows(
+    encoder: RowEncoder, rows: Iterable[NumberedRow], *, workers: int, num_bytes: int
+) -> Iterator[Chunk]:
+    """Tokenise rows chunk by chunk, in their order; in processes when there are enough to pay for them."""
+    chunks = _chunks(iter(rows))
+    if workers == 1 or num_bytes < POOL_FROM_BYTES:
+        yield from map(encoder.chunk, chunks)
+    else:
+        yield from _in_processes(encoder, chunks, workers)
+
+
+def _chunks(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield chunk
+
+
+def _in_processes(encoder: RowEncoder, chunks: Iterator[list[NumberedRow]], workers: int) -> Iterator[Chunk]:
+    # spawn, not fork: a forked child of a process with threads (torch, tokenizers) can hang for ever.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,))
+    waiting: deque[Future[Chunk]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode_in_worker, chunk))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise TunesmithError(
+            "a tokenising process ended unexpectedly (out of memory, or killed)",
+            hint="set data.workers to 1, or free memory",
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: list[RowEncoder] = []
+
+
+def _start_worker(encoder: RowEncoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker.append(encoder)
+
+
+def _encode_in_worker(rows: list[NumberedRow]) -> Chunk:
+    return _worker[0].chunk(rows)

@@ -1,0 +1,143 @@
+"""Attention that asks a layout what every token may see, instead of masks and padding.
+
+A forward pass here has batch size 1 and no pad tokens: documents lie end to end. Which keys a token
+attends to is the layout's matter: `PackedLayout` confines it to its own document (training, evaluation);
+the generator brings one that reads a key/value cache.
+
+Shapes: T tokens, H query heads, Hkv key/value heads, Dh head size, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tunesmith.core.errors import UserError
+
+NAME = "tunesmith"
+
+
+class Layout(Protocol):
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [1, H, T, Dh], k and v [1, Hkv, T, Dh] of decoder layer `layer` -> [1, T, H, Dh]."""
+        ...
+
+
+class PackedLayout:
+    """Causal attention within each document; nothing crosses a document's border.
+
+    `starts` [documents + 1]: document d is tokens starts[d]:starts[d+1].
+    """
+
+    def __init__(self, starts: NDArray[np.int64] | Sequence[int]) -> None:
+        self.lengths: list[int] = np.diff(np.asarray(starts)).tolist()
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
+        queries, keys, values = (x.split(self.lengths, dim=2) for x in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        documents = [
+            F.scaled_dot_product_attention(
+                queries[d], keys[d], values[d], is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=gqa
+            )
+            for d in range(len(self.lengths))
+        ]
+        return torch.cat(documents, dim=2).transpose(1, 2)
+
+
+def _forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; without a `layout` it is their own sdpa."""
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    extra = {"dropout": dropout} if dropout else {}
+    return layout.attend(module.layer_idx, query, key, value, scale, **extra), None
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def install(model: nn.Module, *, max_length: int | None = None) -> None:
+    """Switch a model (plain or PeftModel) to attention by layout; without a layout it computes as before.
+
+    max_length: most tokens that a token will ever look back on; default: the model's context.
+    Raises UserError for models whose attention or logits this does not reproduce.
+    """
+    inner = _unwrapped(model)
+    fault = _unsupported(inner, max_length)
+    if fault:
+        raise UserError(
+            f"{inner.config.name_or_path or type(inner).__name__}: {fault}, which is not supported",
+            hint="use a decoder with plain causal attention, such as Llama, Qwen2, Qwen3, Mistral or SmolLM",
+        )
+    inner.set_attn_implementation(NAME)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _unsupported(model: Any, max_length: int | None) -> str | None:
+    """What of the model's attention or logits a layout cannot do; None when it can do all."""
+    config = model.config.get_text_config()
+    reach = max_length or getattr(config, "max_position_embeddings", None) or 2**31
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    slides = "sliding_attention" in kinds or (
+        getattr(config, "layer_types", None) is None and getattr(config, "use_sliding_window", True)
+    )
+    if config.is_encoder_decoder or not getattr(model, "_supports_attention_backend", False):
+        return f"'{config.model_type}' does not take its attention from transformers' attention interface"
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        return f"it has layers of the kind '{min(others)}'"
+    if window is not None and slides and window < reach:
+        return f"its sliding window of {window} tokens is shorter than the context of {reach}"
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"its config has {name} = {getattr(config, name)}"
+    if any(name.endswith(("sinks", "sink")) for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    return None
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    """Final hidden states [1, T, D] after the last norm, before the output head.
+
+    model: plain or PeftModel, after `install`; input_ids and positions [1, T] int64.
+    """
+    decoder = _unwrapped(model).get_decoder()
+    # A mask of four dimensions is handed on untouched: transformers then builds none of size T x T.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    out = decoder(
+        input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False, layout=layout
+    )
+    return out.last_hidden_state
+
+
+def lm_head(model: nn.Module) -> nn.Module:
+    """The module from hidden states [..., D] to logits [..., vocabulary]."""
+    return _unwrapped(model).get_output_embeddings()

@@ -1,0 +1,97 @@
+"""Open whatever a user calls a model: find the files, load the weights, put the adapter on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.core.errors import UserError
+from tunesmith.hub.model_files import ModelFiles
+from tunesmith.hub.sources import resolve_model
+from tunesmith.model.adapters import load_adapter, merge_adapter
+from tunesmith.model.load import context_length, load_model, load_tokenizer
+from tunesmith.model.weights import is_adapter
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model ready to answer. `adapter` is the folder of the adapter on top of the base, merged or not."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    files: ModelFiles
+    adapter: Path | None
+    context_length: int
+
+
+def open_model(
+    path: str,
+    *,
+    adapter: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    merge: bool = False,
+    revision: str | None = None,
+    endpoints: list[str] | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    chat_template: Path | None = None,
+) -> OpenModel:
+    """Open `path` (anything `resolve_model` takes) in evaluation mode.
+
+    `adapter`: an adapter folder or a run folder to take in place of the one that `path` brings.
+    merge=True folds the adapter into the weights. Raises UserError for whatever does not fit.
+    """
+    files = resolve_model(path, revision=revision, endpoints=endpoints, offline=offline)
+    if adapter is not None:
+        files = with_given_adapter(files, adapter)
+    return load_files(
+        files,
+        dtype=dtype,
+        device=device,
+        merge=merge,
+        trust_remote_code=trust_remote_code,
+        chat_template=chat_template,
+    )
+
+
+def load_files(
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+    chat_template: Path | None = None,
+) -> OpenModel:
+    """Load resolved files: base, its merged adapters in order, then the adapter on top."""
+    tokenizer = load_tokenizer(
+        files.tokenizer, chat_template=chat_template, trust_remote_code=trust_remote_code
+    )
+    model = load_model(files.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    for folder in files.base_adapters:
+        model = merge_adapter(load_adapter(model, folder))
+    length = context_length(model.config)
+    if files.adapter is not None:
+        model = load_adapter(model, files.adapter)
+        model = merge_adapter(model) if merge else model
+    return OpenModel(model, tokenizer, files.name, files, files.adapter, length)
+
+
+def with_given_adapter(files: ModelFiles, adapter: str) -> ModelFiles:
+    """`files` with the adapter of the folder or run `adapter`, in place of its own."""
+    folder = Path(adapter).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"--adapter {adapter}: there is no such folder", hint="check the path")
+    if is_adapter(folder):
+        return files.replacing_adapter(folder)
+    found = resolve_model(adapter)
+    if found.adapter is None:
+        raise UserError(
+            f"--adapter {adapter}: holds no adapter", hint="give the folder with adapter_config.json"
+        )
+    return files.replacing_adapter(found.adapter, tokenizer=found.tokenizer)

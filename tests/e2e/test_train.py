@@ -1,0 +1,251 @@
+"""Training from the recipe to the finished run: what is refused, what stops, what is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import Cli
+from tests.e2e.train_helpers import Training, write_recipe, write_rows
+from tunesmith.core.errors import RunFailed, UserError
+from tunesmith.core.events import read_events
+from tunesmith.core.run_folder import MANIFEST, RunFolder
+from tunesmith.train.metrics import loss_curve
+from tunesmith.workflows.train import plan_recipe, train_recipe
+
+SHORT = {"max_steps": 4, "save_every": 2, "keep_checkpoints": 10}
+
+
+def cut_back(run: RunFolder, *, to_step: int) -> None:
+    """Make a finished run look as if it had been killed after the save of `to_step`."""
+    for folder in run.checkpoints.glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > to_step:
+            (folder / MANIFEST).unlink()
+    lines = run.events.read_text().splitlines()
+    assert json.loads(lines[-1])["event"] == "end"
+    run.events.write_text("\n".join(lines[:-1]) + "\n")
+
+
+def test_the_whole_way_and_its_files(tmp_path: Path, tiny: Path, cli: Cli) -> None:
+    samples = {"prompts": ["Add 1 and 2."], "max_new_tokens": 4}
+    recipe = write_recipe(tmp_path, tiny, train=SHORT, samples=samples)
+    plan = cli.json("train", recipe, "--dry-run")
+    run = RunFolder(tmp_path / "runs" / "run")
+    assert plan["work"]["steps"] == 4 and not run.path.exists()  # type: ignore[index]
+    found = cli.json("train", recipe)
+    assert found["steps"] == 4 and found["run"] == str(run.path) and found["resumed"] is False
+    assert found["tokens"] == plan["work"]["tokens"]  # type: ignore[index]
+    assert found["eval_loss"] < found["eval_loss_before"]  # type: ignore[operator]
+    assert run.recipe.read_text() == recipe.read_text() and '"auto"' not in run.resolved.read_text()
+    kinds = [event["event"] for event in read_events(run.events)]
+    assert kinds[:3] == ["start", "data", "plan"] and kinds[-1] == "end"
+    assert {"step", "eval", "sample", "checkpoint"} <= set(kinds)
+    assert [path.name for path in run.complete_checkpoints()] == [f"step-00000{n}" for n in (0, 2, 4)]
+    assert "| optimizer steps | 4 | 4 |" in run.report.read_text()
+    assert (run.path / "tokenizer" / "chat_template.jinja").is_file()
+    again = cli.json("train", recipe)
+    assert again["already_finished"] is True and again["final_loss"] == found["final_loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [({"lr": 1e-3}, "train.lr: 0.005 -> 0.001"), ({"seed": 1}, "train.seed: 0 -> 1")],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_changed_recipe_is_refused_with_the_difference(
+    tmp_path: Path, tiny: Path, settings: dict[str, Any], changed: str, finished: bool
+) -> None:
+    recipe = write_recipe(tmp_path, tiny, train=SHORT)
+    run = train_recipe(recipe, []).run
+    if not finished:
+        cut_back(run, to_step=2)
+    overrides = [f"train.{key}={value}" for key, value in settings.items()]
+    with pytest.raises(UserError) as refused:
+        train_recipe(recipe, overrides)
+    assert changed in refused.value.what and refused.value.exit_code == 2
+    assert "--fresh" in (refused.value.hint or "")
+
+
+def test_what_does_not_change_the_training_may_change(tmp_path: Path, tiny: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny, train=SHORT)
+    first = train_recipe(recipe, [])
+    cut_back(first.run, to_step=2)
+    free = ["serve.port=1", "train.keep_checkpoints=1", "train.log_every=1", "samples.max_new_tokens=3"]
+    second = train_recipe(recipe, free)
+    assert second.resumed and second.final_loss == first.final_loss
+    assert [path.name for path in second.run.complete_checkpoints()] == ["step-000004"]
+
+
+def test_fresh_moves_the_old_run_aside(tmp_path: Path, tiny: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny, train=SHORT)
+    first = train_recipe(recipe, [])
+    second = train_recipe(recipe, ["train.seed=5"], fresh=True)
+    third = train_recipe(recipe, [], fresh=True)
+    assert (tmp_path / "runs" / "run.1" / "report.md").is_file()
+    assert (tmp_path / "runs" / "run.2" / "report.md").is_file()
+    assert first.final_loss == third.final_loss != second.final_loss
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_changed_inputs_are_refused(tmp_path: Path, tiny: Path, what: str) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    recipe = write_recipe(tmp_path, model, train=SHORT)
+    cut_back(train_recipe(recipe, []).run, to_step=2)
+    if what == "data":
+        write_rows(tmp_path / "rows.jsonl", seed=1)
+    else:
+        weights = load_file(model / "model.safetensors")
+        weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{what}: .*(rows.jsonl|model.safetensors): sha256"):
+        train_recipe(recipe, [])
+
+
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "a bit flipped": lambda path: path.write_bytes(
+        (raw := path.read_bytes())[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:]
+    ),
+    "a file missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "no manifest"])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter/adapter_model.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny: Path, damage: str, name: str) -> None:
+    recipe = write_recipe(tmp_path, tiny, train=SHORT)
+    run = train_recipe(recipe, []).run
+    curve = loss_curve(run.events)
+    cut_back(run, to_step=4)
+    newest = run.checkpoint(4)
+    if damage == "no manifest":
+        (newest / MANIFEST).unlink()
+    else:
+        DAMAGES[damage](newest / name)
+    assert run.latest_checkpoint() == run.checkpoint(2)
+    assert train_recipe(recipe, []).resumed
+    assert loss_curve(run.events) == curve
+    assert run.latest_checkpoint() == newest
+    assert [event["step"] for event in read_events(run.events, "resume")] == [2]
+
+
+def test_two_processes_do_not_train_the_same_run(tmp_path: Path, tiny: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    training = Training(recipe)
+    try:
+        training.wait_for(lambda: training.new_events("step") > 0)
+        with pytest.raises(UserError, match="another process is training this run"):
+            train_recipe(recipe, [])
+    finally:
+        training.kill()
+
+
+def poisoned(tiny: Path, folder: Path) -> Path:
+    """The tiny model with one weight that is not a number."""
+    folder.mkdir()
+    for path in tiny.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path, tiny: Path) -> None:
+    recipe = write_recipe(tmp_path, poisoned(tiny, tmp_path / "model"), train=SHORT)
+    with pytest.raises(RunFailed) as stopped:
+        train_recipe(recipe, [])
+    assert "step 1: the loss is nan; the step's rows are" in stopped.value.what
+    assert stopped.value.exit_code == 4 and "train.lr" in (stopped.value.hint or "")
+    warning = next(read_events(tmp_path / "runs" / "run" / "events.jsonl", "warning"))
+    assert warning["step"] == 1 and len(warning["rows"]) == 4
+
+
+def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(tmp_path: Path, tiny: Path) -> None:
+    train = {"max_steps": 20, "lr": 1e30, "save_every": 1, "keep_checkpoints": 50, "max_grad_norm": None}
+    recipe = write_recipe(tmp_path, tiny, train=train, method={"type": "full"})
+    with pytest.raises(RunFailed, match="is (nan|inf)"):
+        train_recipe(recipe, [])
+    last = RunFolder(tmp_path / "runs" / "run").latest_checkpoint()
+    assert last is not None
+    weights = load_file(last / "model" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_failing_disk_keeps_the_last_good_checkpoint(tmp_path: Path, tiny: Path) -> None:
+    """The operating system refuses to write beyond a limit, in the middle of a checkpoint's file."""
+    recipe = write_recipe(tmp_path, tiny, train=SHORT)
+    run = train_recipe(recipe, []).run
+    curve = loss_curve(run.events)
+    cut_back(run, to_step=2)
+    largest = max(path.stat().st_size for path in run.checkpoint(2).rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, hard))
+    try:
+        with pytest.raises(RunFailed) as failed:
+            train_recipe(recipe, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "free space" in (failed.value.hint or "")
+    assert run.latest_checkpoint() == run.checkpoint(2)
+    assert not list(run.checkpoints.glob(".*"))
+    train_recipe(recipe, [])
+    assert loss_curve(run.events) == curve
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "fp16"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_every_precision_learns_and_resumes_exactly(
+    tmp_path: Path, tiny: Path, precision: str, method: str
+) -> None:
+    train = {"max_steps": 8, "precision": precision, "save_every": 4, "keep_checkpoints": 10}
+    recipe = write_recipe(tmp_path, tiny, train=train, method={"type": method, "dropout": 0.0})
+    first = train_recipe(recipe, [])
+    curve = loss_curve(first.run.events)
+    assert first.eval_loss_before - first.eval_loss > 0.1, (first.eval_loss_before, first.eval_loss)
+    cut_back(first.run, to_step=4)
+    second = train_recipe(recipe, [])
+    assert second.resumed and loss_curve(first.run.events) == curve
+    stored = load_file(
+        first.run.checkpoint(8)
+        / ("adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors")
+    )
+    wanted = torch.bfloat16 if precision == "bf16-pure" else torch.float32
+    assert {value.dtype for value in stored.values()} == {wanted}
+
+
+def test_gradient_checkpointing_and_packing_in_the_whole(tmp_path: Path, tiny: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny, train=SHORT, method={"dropout": 0.1})
+    plain = train_recipe(recipe, ["name=plain"])
+    saved = train_recipe(recipe, ["name=saved", "train.gradient_checkpointing=true"])
+    assert loss_curve(saved.run.events) == pytest.approx(loss_curve(plain.run.events), abs=1e-5)
+    packed = train_recipe(recipe, ["name=packed", "data.packing=true", "data.max_length=512"])
+    assert packed.tokens / packed.steps > plain.tokens / plain.steps
+
+
+def test_tensorboard_on_request(tmp_path: Path, tiny: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train_recipe(write_recipe(tmp_path, tiny, train=SHORT | {"tensorboard": True}), [])
+    board = EventAccumulator(str(result.run.path / "tensorboard"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert board.Scalars("train/loss")[-1].value == pytest.approx(result.final_loss, rel=1e-6)
+
+
+def test_a_plan_needs_no_run_folder(tmp_path: Path, tiny: Path) -> None:
+    found = plan_recipe(write_recipe(tmp_path, tiny, train=SHORT), [])
+    assert found["work"]["steps"] == 4 and found["data"]["totals"]["kept"] > 0
+    assert not (tmp_path / "runs" / "run").exists()

@@ -1,0 +1,107 @@
+"""Small random models of several architectures, batches of unequal documents, and a ready Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tunesmith.core.events import EventLog
+from tunesmith.core.run_folder import RunFolder
+from tunesmith.model import attention
+from tunesmith.model.batch import IGNORE, Batch, join
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train.loop import Task, Trainer
+
+VOCABULARY = 512
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)),
+}
+
+Document = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+def make_model(kind: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[kind]()
+
+
+def make_documents(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> list[Document]:
+    """Documents of 2 to 90 tokens whose last part is supervised."""
+    draw = np.random.default_rng(seed)
+    documents = []
+    for _ in range(count):
+        length = int(draw.integers(2, 91))
+        ids = draw.integers(3, vocabulary, length)
+        labels = ids.copy()
+        labels[: int(draw.integers(1, length))] = IGNORE
+        documents.append((ids, labels))
+    return documents
+
+
+def one_batch(documents: list[Document]) -> Batch:
+    return join(documents, tuple(range(len(documents))))
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    def make(
+        model: Any,
+        batches: Callable[[int], list[Batch]],
+        *,
+        steps: int,
+        train: dict[str, Any] | None = None,
+        method: dict[str, Any] | None = None,
+    ) -> Trainer:
+        attention.install(model)
+        settings = {"lr": 1e-3, "precision": "fp32", "save_every": 1000} | (train or {})
+        recipe = Recipe.model_validate(
+            {
+                "model": {"path": "unused"},
+                "data": {"sources": [{"path": "unused"}]},
+                "method": method or {},
+                "train": settings,
+                "eval": {"every": 0},
+                "samples": {"every": 0},
+            }
+        )
+        run = RunFolder(tmp_path / "run")
+        task = Task(
+            recipe=recipe,
+            run=run,
+            model=model,
+            total_steps=steps,
+            batches=batches,
+            longest=batches(0)[0],
+            epochs_after=float,
+        )
+        return Trainer(task, EventLog(run.events))
+
+    return make
