@@ -133,30 +133,40 @@ TRAIN = Words(
     openings=_phrases(
         "Hi, this is {name}.|Hello, {name} here.|My name is {name}.|Good morning, I am {name}.|"
         "{name} here.|Hi, I'm {name}.|This is {name} writing.|Dear team, my name is {name}.|"
-        "Hello, this is {name} again.|Name: {name}.|Good evening, this is {name}.|Hey, {name} here."
+        "Hello, this is {name} again.|Name: {name}.|Good evening, this is {name}.|Hey, {name} here.|"
+        "Greetings from {name}.|Good afternoon, {name} speaking.|You have an order from {name}.|"
+        "I'm called {name}.|It's {name} once more.|Hi there, it's {name}."
     ),
     signatures=_phrases(
         "Thanks, {name}|Regards, {name}|Best, {name}|The order is for {name}.|Yours, {name}|"
         "My name is {name}.|Please put it under {name}.|Kind regards, {name}|The customer is {name}.|"
-        "It is for {name}.|Thank you! {name}|- {name}"
+        "It is for {name}.|Thank you! {name}|- {name}|Cheers, {name}|Sincerely, {name}|"
+        "Many thanks, {name}|Book it for {name}.|The buyer is {name}.|Ordered by {name}."
     ),
     wishes=_phrases(
         "I'd like {items}|please send {items}|I want to order {items}|can I get {items}|I need {items}|"
         "could you ship {items}|we would like {items}|please deliver {items}|I am ordering {items}|"
         "order {items}|can you send me {items}|we need {items}|I would like to buy {items}|send {items}|"
-        "I wish to order {items}|could we have {items}"
+        "I wish to order {items}|could we have {items}|put me down for {items}|I'm looking for {items}|"
+        "may I have {items}|kindly dispatch {items}|I'll take {items}|let me have {items}|"
+        "would you reserve {items}|we're after {items}"
     ),
     places=_phrases(
         "to {address}|to our office at {address}|to my home at {address}|shipped to {address}|"
         "delivered to {address}|for our shop at {address}|to my address at {address}|sent to {address}|"
-        "to {address}, please,|for delivery at {address}|and ship it to {address}|using the address {address}"
+        "to {address}, please,|for delivery at {address}|and ship it to {address}|"
+        "using the address {address}|going to {address}|to our branch at {address}|headed for {address}|"
+        "to a customer at {address}|"
+        "to the warehouse at {address}|with delivery at {address}"
     ),
     times=_phrases(
         "on {day}|by {day}|for {day}|before {day}|by {day} at the latest|on {day} morning|"
-        "no later than {day}|this {day}|on {day} if possible|until {day}"
+        "no later than {day}|this {day}|on {day} if possible|until {day}|not after {day}|arriving {day}|"
+        "due {day}|in time for {day}|ahead of {day}|on the coming {day}"
     ),
     early_times=_phrases(
-        "By {day},|For {day}:|On {day},|Before {day},|We need this by {day}:|Delivery on {day}:|This {day},"
+        "By {day},|For {day}:|On {day},|Before {day},|We need this by {day}:|Delivery on {day}:|This {day},|"
+        "Not later than {day}:|In time for {day},|Needed {day}:|Due {day}:"
     ),
 )
 
@@ -180,25 +190,26 @@ TEST = Words(
         "Windmill Wisteria Yarrow Zephyr"
     ),
     openings=_phrases(
-        "Greetings from {name}.|Good afternoon, {name} speaking.|You have an order from {name}.|"
-        "I'm called {name}.|It's {name} once more.|Hi there, it's {name}."
+        "Hey there, it's {name} calling.|Greetings, {name} from the front desk.|{name} with a new order.|"
+        "Good day, {name} at your service.|Hi folks, {name} speaking.|Evening, it's {name}."
     ),
     signatures=_phrases(
-        "Cheers, {name}|Sincerely, {name}|Many thanks, {name}|Book it for {name}.|The buyer is {name}.|"
-        "Ordered by {name}."
+        "All the best, {name}|Warmly, {name}|Charge it to {name}.|Reserved for {name}.|Signed, {name}|"
+        "Contact: {name}."
     ),
     wishes=_phrases(
-        "put me down for {items}|I'm looking for {items}|may I have {items}|kindly dispatch {items}|"
-        "I'll take {items}|let me have {items}|would you reserve {items}|we're after {items}"
+        "please get me {items}|we could use {items}|I'm hoping for {items}|would you pack {items}|"
+        "set aside {items}|I require {items}|please arrange {items}|let us have {items}"
     ),
     places=_phrases(
-        "going to {address}|to our branch at {address}|headed for {address}|to a customer at {address}|"
-        "to the warehouse at {address}|with delivery at {address}"
+        "bound for {address}|to our store at {address}|to be dropped off at {address}|"
+        "to my workplace at {address}|to the depot at {address}|with {address} as the destination"
     ),
     times=_phrases(
-        "not after {day}|arriving {day}|due {day}|in time for {day}|ahead of {day}|on the coming {day}"
+        "with arrival on {day}|in by {day}|ready for {day}|at the latest on {day}|so we have it {day}|"
+        "to get here {day}"
     ),
-    early_times=_phrases("Not later than {day}:|In time for {day},|Needed {day}:|Due {day}:"),
+    early_times=_phrases("For arrival on {day}:|Wanted by {day}:|To be here {day}:|Required for {day},"),
 )
 
 

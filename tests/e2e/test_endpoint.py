@@ -36,7 +36,7 @@ def test_other_tokens_are_noticed(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = tokenizer.chat_template.replace("'\\n'", "'\\n\\n'")
+    tokenizer.chat_template = "Dear model: " + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "other")
     with serving(str(tiny), log=tmp_path / "serve.log") as endpoint:
         assert not same_tokens(endpoint, tmp_path / "other", [ROW])

@@ -59,13 +59,12 @@ def test_the_whole_way_and_its_files(tmp_path: Path, tiny: Path, cli: Cli) -> No
     ("settings", "changed"),
     [({"lr": 1e-3}, "train.lr: 0.005 -> 0.001"), ({"seed": 1}, "train.seed: 0 -> 1")],
 )
-@pytest.mark.parametrize("finished", [True, False])
 def test_a_changed_recipe_is_refused_with_the_difference(
-    tmp_path: Path, tiny: Path, settings: dict[str, Any], changed: str, finished: bool
+    tmp_path: Path, tiny: Path, settings: dict[str, Any], changed: str
 ) -> None:
     recipe = write_recipe(tmp_path, tiny, train=SHORT)
     run = train_recipe(recipe, []).run
-    if not finished:
+    if "seed" in settings:  # the one finished, the other not
         cut_back(run, to_step=2)
     overrides = [f"train.{key}={value}" for key, value in settings.items()]
     with pytest.raises(UserError) as refused:
@@ -122,8 +121,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "no manifest"])
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "adapter/adapter_model.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny: Path, damage: str, name: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny: Path, damage: str) -> None:
     recipe = write_recipe(tmp_path, tiny, train=SHORT)
     run = train_recipe(recipe, []).run
     curve = loss_curve(run.events)
@@ -132,7 +130,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny: Path, damage:
     if damage == "no manifest":
         (newest / MANIFEST).unlink()
     else:
-        DAMAGES[damage](newest / name)
+        DAMAGES[damage](newest / "adapter" / "adapter_model.safetensors")
     assert run.latest_checkpoint() == run.checkpoint(2)
     assert train_recipe(recipe, []).resumed
     assert loss_curve(run.events) == curve
@@ -175,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path, tiny
 def test_an_absurd_learning_rate_leaves_the_last_good_checkpoint(tmp_path: Path, tiny: Path) -> None:
     train = {"max_steps": 20, "lr": 1e30, "save_every": 1, "keep_checkpoints": 50, "max_grad_norm": None}
     recipe = write_recipe(tmp_path, tiny, train=train, method={"type": "full"})
-    with pytest.raises(RunFailed, match="is (nan|inf)"):
+    with pytest.raises(RunFailed, match=r"is (nan|inf)"):
         train_recipe(recipe, [])
     last = RunFolder(tmp_path / "runs" / "run").latest_checkpoint()
     assert last is not None

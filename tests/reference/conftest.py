@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,38 +71,39 @@ def one_batch(documents: list[Document]) -> Batch:
     return join(documents, tuple(range(len(documents))))
 
 
+def trainer_in(
+    folder: Path,
+    model: Any,
+    batches: Callable[[int], list[Batch]],
+    *,
+    steps: int,
+    train: dict[str, Any] | None = None,
+) -> Trainer:
+    """A Trainer over made-up batches that writes into `folder`."""
+    attention.install(model)
+    settings = {"lr": 1e-3, "precision": "fp32", "save_every": 1000} | (train or {})
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": "unused"},
+            "data": {"sources": [{"path": "unused"}]},
+            "train": settings,
+            "eval": {"every": 0},
+            "samples": {"every": 0},
+        }
+    )
+    run = RunFolder(folder / "run")
+    task = Task(
+        recipe=recipe,
+        run=run,
+        model=model,
+        total_steps=steps,
+        batches=batches,
+        longest=batches(0)[0],
+        epochs_after=float,
+    )
+    return Trainer(task, EventLog(run.events))
+
+
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    def make(
-        model: Any,
-        batches: Callable[[int], list[Batch]],
-        *,
-        steps: int,
-        train: dict[str, Any] | None = None,
-        method: dict[str, Any] | None = None,
-    ) -> Trainer:
-        attention.install(model)
-        settings = {"lr": 1e-3, "precision": "fp32", "save_every": 1000} | (train or {})
-        recipe = Recipe.model_validate(
-            {
-                "model": {"path": "unused"},
-                "data": {"sources": [{"path": "unused"}]},
-                "method": method or {},
-                "train": settings,
-                "eval": {"every": 0},
-                "samples": {"every": 0},
-            }
-        )
-        run = RunFolder(tmp_path / "run")
-        task = Task(
-            recipe=recipe,
-            run=run,
-            model=model,
-            total_steps=steps,
-            batches=batches,
-            longest=batches(0)[0],
-            epochs_after=float,
-        )
-        return Trainer(task, EventLog(run.events))
-
-    return make
+    return partial(trainer_in, tmp_path)

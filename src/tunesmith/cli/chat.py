@@ -79,14 +79,14 @@ def chat(
 
 
 def _converse(talk: Chat) -> None:
-    """Read messages until the end of the input; commands begin with a slash."""
+    """Read messages until the end of the input or Ctrl-C; commands begin with a slash."""
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         say(f"{talk.opened.name}: {HELP}")
     while True:
         try:
             text = input("> " if on_terminal else "").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if text in ("/exit", "/quit"):
             return

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from tunesmith.cli.main import print_json
 from tunesmith.core.units import duration_text
+
+if TYPE_CHECKING:
+    from tunesmith.workflows.evaluate import EvalResult
 
 app = typer.Typer(add_completion=False)
 
@@ -67,18 +70,21 @@ def evaluate(
         precision=precision,
         offline=offline,
     )
-    found = result.as_dict(show=show)
     if json:
-        print_json(found)
+        print_json(result.as_dict(show=show))
         return
+    _tell(result, show)
+    typer.echo(f"\n{duration_text(result.seconds)}" + (f"; rows in {output}" if output else ""))
+
+
+def _tell(result: EvalResult, show: int) -> None:
+    """The result as text on stdout."""
     skipped = ", ".join(
         f"{count} {name.replace('_', ' ')}" for name, count in result.skipped.items() if count
     )
+    left_out = f"; left out: {skipped}" if skipped else ""
     typer.echo(f"model        {result.model} ({result.dtype} on {result.device})")
-    typer.echo(
-        f"rows         {result.rows:,} of {result.data}, format {result.format}"
-        + (f"; left out: {skipped}" if skipped else "")
-    )
+    typer.echo(f"rows         {result.rows:,} of {result.data}, format {result.format}{left_out}")
     typer.echo(
         f"loss         {result.loss:.4f} over {result.supervised_tokens:,} of {result.tokens:,} tokens"
     )
@@ -88,11 +94,8 @@ def evaluate(
         if result.finish_length:
             typer.echo(f"             {result.finish_length} answers reached the limit without a stop token")
     for wrong in result.mismatches[:show]:
-        typer.echo(
-            f"\n{wrong.place}\n  asked     {_line(wrong.question)}\n  expected  {_line(wrong.expected)}"
-        )
-        typer.echo(f"  answered  {_line(wrong.answer)}")
-    typer.echo(f"\n{duration_text(result.seconds)}" + (f"; rows in {output}" if output else ""))
+        typer.echo(f"\n{wrong.place}\n  asked     {_line(wrong.question)}")
+        typer.echo(f"  expected  {_line(wrong.expected)}\n  answered  {_line(wrong.answer)}")
 
 
 def _line(text: str | None) -> str:

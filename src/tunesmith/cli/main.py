@@ -7,15 +7,17 @@ and never loads torch.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
 
 from tunesmith import __version__
-from tunesmith.core.errors import MissingExtra, TunesmithError, UserError
+from tunesmith.core.errors import Interrupted, MissingExtra, TunesmithError, UserError
 
 # name: (module with a typer app named `app`, one line of help)
 COMMANDS = {
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         code = report(MissingExtra(package, EXTRA_OF[package]), as_json="--json" in args)
     except KeyboardInterrupt:
-        code = report(TunesmithError("interrupted"), as_json="--json" in args) and 130
+        code = report(Interrupted(signal.SIGINT, "interrupted"), as_json="--json" in args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
@@ -109,7 +111,7 @@ def dispatch(args: list[str]) -> int:
         raise UserError(f"tunesmith: '{name}' is not a command", hint=hint)
     app = importlib.import_module(COMMANDS[name][0]).app
     try:
-        app(args=args[1:], prog_name=f"tunesmith {name}", standalone_mode=False)
+        code = app(args=args[1:], prog_name=f"tunesmith {name}", standalone_mode=False)
     except Exception as error:
         # Typer keeps its exception classes private: a usage error is known by what it can do.
         if not hasattr(error, "format_message"):
@@ -117,7 +119,9 @@ def dispatch(args: list[str]) -> int:
         raise UserError(
             f"tunesmith {name}: {error.format_message()}", hint=f"'tunesmith {name} --help' lists its options"
         ) from None
-    return 0
+    if code == 128 + signal.SIGINT:  # Typer turns Ctrl-C into this return value
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
 
 
 def report(error: TunesmithError, *, as_json: bool) -> int:
@@ -129,8 +133,6 @@ def report(error: TunesmithError, *, as_json: bool) -> int:
 
 
 def _os_hint(error: OSError) -> str | None:
-    import errno
-
     return {
         errno.ENOSPC: "the disk is full: free space, or set $TUNESMITH_CACHE or output_dir to another disk",
         errno.EACCES: "this user may not do that: check the owner and the mode of the path",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from enum import StrEnum
 
 import typer
@@ -89,4 +90,5 @@ def serve(
         threads=threads or "auto",
         allow_open=allow_open,
     )
-    run(model, options, on_ready=print_json if json else None)
+    if run(model, options, on_ready=print_json if json else None) == signal.SIGINT:
+        raise SystemExit(128 + signal.SIGINT)

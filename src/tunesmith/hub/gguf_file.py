@@ -142,8 +142,8 @@ def _save_tokenizer(path: Path, folder: Path, config: Any) -> None:
         )
     elif like_gpt2 and pre not in LIKE_GPT2:
         say(
-            f"warning: {path}: its pre-tokenizer '{pre}' is not known here; text is split as for GPT-2, which "
-            "may give other tokens than in its pretraining. The model's original folder has the true one."
+            f"warning: {path}: its pre-tokenizer '{pre}' is not known here; text is split as for GPT-2, "
+            "which may give other tokens than in pretraining. The model's original folder has the true one."
         )
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.clean_up_tokenization_spaces = False

@@ -119,6 +119,8 @@ def _unsupported(model: Any, max_length: int | None) -> str | None:
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             return f"its config has {name} = {getattr(config, name)}"
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        return "its attention is not causal"
     if any(name.endswith(("sinks", "sink")) for name, _ in model.named_parameters()):
         return "its attention has sinks"
     return None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import UserError
 from tunesmith.model import attention
-from tunesmith.model.fast_head import fast_head
+from tunesmith.model.fast_linear import fast_head
 from tunesmith.model.kv_cache import CacheLayout, KVCache, Slot
 from tunesmith.model.sampling import Logprobs, RowState, SamplingParams, logprobs_of, sample
 

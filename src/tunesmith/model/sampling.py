@@ -162,7 +162,7 @@ def restrict(probs: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Ten
 
 
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:
-    """Of each row of `logits` [B, V]: the log-probability of its token in `token_ids`, and the `num_top` best."""
+    """Of each row of `logits` [B, V]: the logprob of its token in `token_ids`, and its `num_top` best."""
     table = torch.log_softmax(logits.float(), -1)
     ids = torch.tensor(list(token_ids), device=table.device)
     chosen = table.gather(1, ids[:, None])[:, 0].tolist()

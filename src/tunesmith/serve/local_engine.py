@@ -77,7 +77,8 @@ class LocalEngine:
         self._max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[int, tuple[LocalStream, int]] = {}
-        self._pending = 0
+        # Each counter is written by one thread only: the event loop's and the engine's.
+        self._submitted = self._taken = 0
         self._ready = self._closing = self._stopped = False
         self._failure: str | None = None
         self._finished = self._cancelled = self._generated_tokens = 0
@@ -104,14 +105,17 @@ class LocalEngine:
     def submit(self, requests: Sequence[tuple[Prompt, SamplingParams]]) -> LocalStream:
         if self._closing or not self.status().alive:
             raise EngineError(self._failure or "the server is shutting down")
-        if self._generator.num_waiting + self._pending + len(requests) > self._max_waiting:
-            raise EngineBusy(f"{self._generator.num_waiting} requests are waiting already")
+        if self._in_line() + len(requests) > self._max_waiting:
+            raise EngineBusy(f"{self._in_line()} requests are waiting already")
         for prompt, params in requests:
             self._generator.check(prompt, params)
         stream = LocalStream(self, asyncio.get_running_loop(), set(range(len(requests))))
-        self._pending += len(requests)
+        self._submitted += len(requests)
         self._commands.put(lambda: self._add(stream, list(requests)))
         return stream
+
+    def _in_line(self) -> int:
+        return self._generator.num_waiting + self._submitted - self._taken
 
     def cancel(self, stream: LocalStream, indices: list[int]) -> None:
         """Called by a stream, on its loop."""
@@ -120,7 +124,11 @@ class LocalEngine:
     def close(self, *, grace_s: float) -> None:
         self._closing = True
         end = time.monotonic() + grace_s
-        while self._streams and self.status().alive and time.monotonic() < end:
+        while (
+            (self._streams or self._submitted > self._taken)
+            and self.status().alive
+            and time.monotonic() < end
+        ):
             time.sleep(0.02)
         self._commands.put(self._stop)
         if self._thread.is_alive():
@@ -158,9 +166,9 @@ class LocalEngine:
 
     def _add(self, stream: LocalStream, requests: Iterable[tuple[Prompt, SamplingParams]]) -> None:
         for index, (prompt, params) in enumerate(requests):
-            self._pending -= 1
             stream.ids[index] = request_id = self._generator.add(prompt, params)
             self._streams[request_id] = (stream, index)
+            self._taken += 1
 
     def _cancel(self, stream: LocalStream, indices: list[int]) -> None:
         for index in indices:

@@ -34,6 +34,7 @@ from tunesmith.train.precision import LossScale
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SMALL_FILES_BYTES = 4 * 1024**2
 
 
@@ -109,7 +110,10 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> State
 
 def restore_adapter(folder: Path, model: PeftModel) -> None:
     tensors = load_file(folder / "adapter" / ADAPTER_WEIGHTS)
-    left = set_peft_model_state_dict(model, tensors)
+    try:
+        left = set_peft_model_state_dict(model, tensors)
+    except RuntimeError as error:  # a tensor of another shape
+        raise RunFailed(f"{folder}: its adapter is of another model: {error}") from None
     missing = [name for name in left.missing_keys if "lora_" in name]
     if missing or left.unexpected_keys:
         raise RunFailed(f"{folder}: its adapter is of another model: {(missing + left.unexpected_keys)[0]}")
@@ -173,8 +177,8 @@ def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: tor
 
 
 def _save_failed(target: Path, error: Exception) -> RunFailed:
-    number = getattr(error, "errno", None)
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+    # safetensors gives the number in its text only.
+    full = any(getattr(error, "errno", None) == n or f"os error {n})" in str(error) for n in DISK_FULL)
     return RunFailed(
         f"{target}: the checkpoint could not be written: {error}; the earlier ones are untouched",
         hint=_disk_hint(target.parent)

@@ -29,6 +29,7 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.train import checkpoint
 from tunesmith.train.checkpoint import State
 from tunesmith.train.evaluate import evaluation_loss
+from tunesmith.train.fast_lora import speed_up
 from tunesmith.train.loss import loss_sum
 from tunesmith.train.metrics import TensorBoard, peak_gib
 from tunesmith.train.optim import gradients, make_optimizer, make_schedule, scale_and_clip
@@ -77,6 +78,7 @@ class Trainer:
         self.settings = task.recipe.train
         assert self.settings.precision != "auto"
         self.precision = self.settings.precision
+        speed_up(task.model)
         self.device = next(task.model.parameters()).device
         self.optimizer = make_optimizer(task.model, self.settings)
         self.schedule = make_schedule(self.settings, task.total_steps)

