@@ -7,7 +7,7 @@ Training and test rows share no family name, no item, no street and no turn of p
 cut in two, and a test message is built from the second halves alone. What both share are closed sets: titles,
 colors, numbers, kinds of street, weekdays. The same seed always gives the same rows.
 
-    python make_data.py --output data --seed 0 --train 400 --test 100
+    python make_data.py --output data --seed 0 --train 600 --test 100
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def main() -> None:
         "--output", type=Path, default=Path("data"), help="folder for the two files (default: data)"
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same rows (default: 0)")
-    parser.add_argument("--train", type=int, default=400, help="training rows (default: 400)")
+    parser.add_argument("--train", type=int, default=600, help="training rows (default: 600)")
     parser.add_argument("--test", type=int, default=100, help="test rows (default: 100)")
     args = parser.parse_args()
     train, test = make(args.seed, args.train, args.test)

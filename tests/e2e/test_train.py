@@ -207,16 +207,16 @@ def test_a_failing_disk_keeps_the_last_good_checkpoint(tmp_path: Path, tiny: Pat
 def test_every_precision_learns_and_resumes_exactly(
     tmp_path: Path, tiny: Path, precision: str, method: str
 ) -> None:
-    train = {"max_steps": 8, "precision": precision, "save_every": 4, "keep_checkpoints": 10}
+    train = {"max_steps": 6, "precision": precision, "save_every": 3, "keep_checkpoints": 10}
     recipe = write_recipe(tmp_path, tiny, train=train, method={"type": method, "dropout": 0.0})
     first = train_recipe(recipe, [])
     curve = loss_curve(first.run.events)
     assert first.eval_loss_before - first.eval_loss > 0.1, (first.eval_loss_before, first.eval_loss)
-    cut_back(first.run, to_step=4)
+    cut_back(first.run, to_step=3)
     second = train_recipe(recipe, [])
     assert second.resumed and loss_curve(first.run.events) == curve
     stored = load_file(
-        first.run.checkpoint(8)
+        first.run.checkpoint(6)
         / ("adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors")
     )
     wanted = torch.bfloat16 if precision == "bf16-pure" else torch.float32

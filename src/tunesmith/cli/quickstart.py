@@ -30,7 +30,7 @@ tunesmith quickstart --output runs/short --rows 100 --set train.lr=1e-3
 @app.command(epilog=EXAMPLES)
 def quickstart(
     output: Path = typer.Option(Path("runs/quickstart"), help="The run folder."),
-    rows: int = typer.Option(400, min=8, help="Training rows to make."),
+    rows: int = typer.Option(600, min=8, help="Training rows to make."),
     test_rows: int = typer.Option(100, min=3, help="Held-out rows to make: other names, other phrasings."),
     seed: int = typer.Option(0, min=0, help="Seed of the rows."),
     set_: list[str] = typer.Option(

@@ -51,7 +51,7 @@ class Options:
     the shipped recipe; fresh: remove an earlier quickstart in `output` first."""
 
     output: Path = Path("runs/quickstart")
-    rows: int = 400
+    rows: int = 600
     test_rows: int = 100
     seed: int = 0
     overrides: tuple[str, ...] = ()

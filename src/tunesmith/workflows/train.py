@@ -21,7 +21,7 @@ from tunesmith.core.run_folder import RunFolder, manifest_holds
 from tunesmith.core.units import duration_text
 from tunesmith.data.batches import StepPlan, eval_batches
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.hub.lock import make_lock
+from tunesmith.hub.lock import make_lock, versions
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
 from tunesmith.model import attention
@@ -351,7 +351,7 @@ def longest_batch(steps: StepPlan) -> Batch:
 
 
 def _begin(job: Job, trainer: Trainer, events: EventLog, *, resumed: bool) -> None:
-    events.write("start", run=str(job.run.path), recipe=job.recipe.model_dump(mode="json"))
+    events.write("start", run=str(job.run.path), total_steps=job.steps.total_steps, versions=versions())
     events.write("data", **job.prepared.as_dict())
     events.write("plan", **job.plan.as_dict())
     for warning in [*job.prepared.warnings, *job.steps.warnings]:
