@@ -15,7 +15,7 @@ EXAMPLES = """Examples:
 
 tunesmith fetch smollm2-135m-instruct
 
-tunesmith fetch Qwen/Qwen2.5-0.5B-Instruct --endpoint https://hf-mirror.com --endpoint https://huggingface.co
+tunesmith fetch Qwen/Qwen2.5-0.5B-Instruct --endpoint https://your.mirror
 
 tunesmith fetch recipe.yaml --lock lock.json
 """

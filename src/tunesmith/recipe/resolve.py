@@ -64,6 +64,11 @@ def resolve_steps(recipe: Recipe, total_steps: int) -> Recipe:
     return _updated(done, samples={"every": done.eval.every})
 
 
+def without_secrets(recipe: Recipe) -> Recipe:
+    """The recipe without its API key: what may be written into files that people pass on."""
+    return recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"api_key": None})})
+
+
 def _updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """The recipe with each named value put in where "auto" stands."""
     changed = {}

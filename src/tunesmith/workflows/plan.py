@@ -18,8 +18,8 @@ from tunesmith.plan.work import WorkPlan, matmul_flops, seconds_for
 from tunesmith.recipe.schema import Recipe
 
 # Share of a training step that its matrix products take; the rest is attention, norms and the optimizer.
-# Measured with bench/training.py on two CPU cores; docs/log.md has the profile.
-MATMUL_SHARE = 0.5
+# Measured on two CPU cores: docs/log.md, 2026-11-22.
+MATMUL_SHARE = 0.6
 PROBE_S = 0.15
 
 

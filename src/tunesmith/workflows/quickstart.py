@@ -31,7 +31,7 @@ from tunesmith.workflows.data import show_rows
 from tunesmith.workflows.endpoint import ask, same_tokens, serving
 from tunesmith.workflows.evaluate import evaluate_model
 from tunesmith.workflows.export import export_run
-from tunesmith.workflows.train import train_recipe
+from tunesmith.workflows.train import sole_trainer, train_recipe
 
 RECIPE = "recipes/quickstart.yaml"
 GENERATOR = "examples/quickstart/make_data.py"
@@ -171,7 +171,8 @@ def _open_notes(run: RunFolder, options: Options) -> Notes:
     path = run.path / FOLDER / "state.json"
     _refuse_other(run.path, path)
     if options.fresh and run.path.exists():
-        shutil.rmtree(run.path)
+        with sole_trainer(run):
+            shutil.rmtree(run.path)
     inputs = _inputs(options)
     notes = Notes(path, inputs)
     if notes.inputs != inputs:

@@ -13,7 +13,8 @@ from tunesmith.export.save import license_of
 from tunesmith.hub.builtin import BUILTIN_LICENSE
 from tunesmith.hub.lock import read_lock
 from tunesmith.hub.model_files import ModelFiles
-from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.load import dump_yaml, load_recipe
+from tunesmith.recipe.resolve import without_secrets
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.metrics import final_events
 
@@ -38,6 +39,14 @@ TOTALS = {
 }
 
 
+def public_recipe(run: RunFolder) -> str:
+    """The recipe as the user wrote it, or without its API key when it has one."""
+    written = load_recipe(run.recipe)
+    if written.serve.api_key is None:
+        return run.recipe.read_text(encoding="utf-8")
+    return dump_yaml(without_secrets(written))
+
+
 def run_recipe(run: RunFolder) -> Recipe:
     """The recipe that the run used: resolved, or as written where the run has not got that far."""
     return load_recipe(run.resolved if run.resolved.is_file() else run.recipe)
@@ -55,7 +64,7 @@ def card_facts(
         base_license=BUILTIN_LICENSE if base.source == "builtin" else license_of(base.folder),
         method=run_recipe(run).method.type,
         step=step,
-        recipe=run.recipe.read_text(encoding="utf-8"),
+        recipe=public_recipe(run),
         data=data_rows(run),
         results=results(run, step),
         checks=[check.as_dict() for check in checks],

@@ -80,7 +80,9 @@ def _settings(path: str, options: ServeOptions) -> Serve:
     base = Serve()
     if is_run(folder):
         run = RunFolder(folder)
-        base = load_recipe(run.resolved if run.resolved.exists() else run.recipe).serve
+        written = load_recipe(run.recipe).serve
+        base = load_recipe(run.resolved).serve if run.resolved.exists() else written
+        base = base.model_copy(update={"api_key": written.api_key})  # the resolved recipe has no secrets
     names = ("host", "port", "api_key", "max_length", "max_concurrent", "precision", "model_name")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     settings = base.model_copy(update=given)

@@ -29,7 +29,7 @@ from tunesmith.model.adapters import attach_lora
 from tunesmith.model.batch import Batch
 from tunesmith.model.load import context_length, load_config, load_model, load_tokenizer
 from tunesmith.recipe.load import dump_yaml, load_recipe
-from tunesmith.recipe.resolve import resolve, resolve_steps
+from tunesmith.recipe.resolve import resolve, resolve_steps, without_secrets
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import checkpoint
 from tunesmith.train.loop import Task, Trainer
@@ -164,7 +164,9 @@ def write_inputs(job: Job, recipe_path: Path) -> None:
     run = job.run
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     write_text(run.recipe, recipe_path.read_text(encoding="utf-8"))
-    write_text(run.resolved, dump_yaml(job.recipe))
+    if job.recipe.serve.api_key:
+        run.recipe.chmod(0o600)
+    write_text(run.resolved, dump_yaml(without_secrets(job.recipe)))
     if not run.lock.is_file():
         with new_folder(run.path / "tokenizer") as folder:
             job.tokenizer.save_pretrained(folder)

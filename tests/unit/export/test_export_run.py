@@ -99,6 +99,13 @@ def test_files_beside_the_weights(run: RunFolder, tiny: Path) -> None:
         assert not list(folder.parent.glob(".*"))
 
 
+def test_an_api_key_stays_at_home(run: RunFolder) -> None:
+    run.recipe.write_text(run.recipe.read_text() + "serve: {api_key: my-secret-key}\n")
+    folder = export_run(run.path, "adapter").folder
+    texts = [path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".json", ".jinja")]
+    assert "rows.jsonl" in "".join(texts) and "my-secret-key" not in "".join(texts)
+
+
 def test_older_checkpoint_to_a_folder_of_its_own(run: RunFolder, tiny: Path, tmp_path: Path) -> None:
     done = export_run(run.path, "merged", output=tmp_path / "out", checkpoint=5, dtype="fp32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.core.errors import UserError
 from tunesmith.recipe.load import check
-from tunesmith.recipe.resolve import Facts, resolve, resolve_steps
+from tunesmith.recipe.resolve import Facts, resolve, resolve_steps, without_secrets
 from tunesmith.recipe.schema import Recipe
 
 FACTS = Facts(context_length=8192, device="cpu", threads=3, precision="fp32", serve_precision="bf16")
@@ -59,3 +59,10 @@ def test_lengths_beyond_the_model_and_qlora_are_refused() -> None:
         resolve(recipe(serve={"max_length": 9000}), FACTS)
     with pytest.raises(UserError, match=r"qlora.*bitsandbytes"):
         resolve(recipe(method={"type": "qlora"}), FACTS)
+
+
+def test_secrets_go_and_the_rest_stays() -> None:
+    before = recipe(serve={"api_key": "k", "port": 9})
+    after = without_secrets(before)
+    assert after.serve.api_key is None and after.serve.port == 9 and before.serve.api_key == "k"
+    assert after == recipe(serve={"port": 9})
