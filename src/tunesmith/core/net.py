@@ -11,17 +11,6 @@ import httpx
 from tunesmith.core.errors import TunesmithError
 
 
-def get_json(url: str, *, timeout_s: float = 10.0, api_key: str | None = None) -> Any:
-    """GET `url` and return its JSON body. Raises TunesmithError when there is no good answer."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = httpx.get(url, timeout=timeout_s, headers=headers)
-        answer.raise_for_status()
-        return answer.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise TunesmithError(f"{url}: {error}") from None
-
-
 def post_json(url: str, body: Any, *, timeout_s: float = 60.0, api_key: str | None = None) -> Any:
     """POST a JSON body and return the JSON answer. Raises TunesmithError when there is no good answer."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.paths import cache_dir, locked, new_folder
+from tunesmith.core.paths import cache_dir, free_bytes, locked, new_folder
 from tunesmith.core.run_folder import read_manifest, write_manifest
 from tunesmith.core.units import bytes_text
 
@@ -49,7 +49,7 @@ def is_whole(folder: Path) -> bool:
 
 def check_disk(folder: Path, need_bytes: int, *, what: str) -> None:
     """Raise TunesmithError unless the disk of `folder` (which exists) has `need_bytes` free."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < need_bytes:
         raise TunesmithError(
             f"{what} needs {bytes_text(need_bytes)} of disk, but {folder} has {bytes_text(free)} free",

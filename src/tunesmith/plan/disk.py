@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core.paths import free_bytes
 from tunesmith.core.units import bytes_text
 
 # Logs, tokenizer, reports and the folder entries of a run.
@@ -63,11 +63,3 @@ def plan_disk(
         needed_bytes=needed,
         free_bytes=free_bytes(folder),
     )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that `folder` lies on, or will lie on."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

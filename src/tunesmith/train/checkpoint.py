@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tunesmith.core.errors import RunFailed
-from tunesmith.core.paths import new_folder, write_json
+from tunesmith.core.paths import free_bytes, new_folder, write_json
 from tunesmith.core.run_folder import MANIFEST, RunFolder, manifest_holds, read_manifest, write_manifest
 from tunesmith.core.units import bytes_text
 from tunesmith.model.adapters import save_adapter
@@ -79,7 +79,7 @@ def check_disk(run: RunFolder, model: nn.Module) -> None:
     """Raise RunFailed when the next checkpoint would not fit."""
     need = checkpoint_bytes(model)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(run.checkpoints).free
+    free = free_bytes(run.checkpoints)
     if free < need:
         raise RunFailed(
             f"{run.checkpoints}: a checkpoint needs {bytes_text(need)} of disk, {bytes_text(free)} are free",

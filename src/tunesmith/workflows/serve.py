@@ -23,15 +23,16 @@ from tunesmith.core.run_folder import RunFolder, is_run
 from tunesmith.model.generate import Generator
 from tunesmith.model.template import stop_token_ids
 from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.resolve import SERVE_MAX_LENGTH
 from tunesmith.recipe.schema import Serve
 from tunesmith.serve.api import Gateway, create_app
 from tunesmith.serve.jobs import ServedModel
 from tunesmith.serve.local_engine import LocalEngine
 from tunesmith.workflows.open_model import OpenModel
 from tunesmith.workflows.open_served import open_served, warm_up_prompt
+from tunesmith.workflows.run_facts import run_recipe
 
 GRACE_S = 5.0
-DEFAULT_MAX_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,8 @@ def _settings(path: str, options: ServeOptions) -> Serve:
     base = Serve()
     if is_run(folder):
         run = RunFolder(folder)
-        written = load_recipe(run.recipe).serve
-        base = load_recipe(run.resolved).serve if run.resolved.exists() else written
-        base = base.model_copy(update={"api_key": written.api_key})  # the resolved recipe has no secrets
+        key = load_recipe(run.recipe).serve.api_key  # the resolved recipe has no secrets
+        base = run_recipe(run).serve.model_copy(update={"api_key": key})
     names = ("host", "port", "api_key", "max_length", "max_concurrent", "precision", "model_name")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     settings = base.model_copy(update=given)
@@ -220,7 +220,7 @@ class _Loader(threading.Thread):
 def served_length(settings: Serve, opened: OpenModel) -> int:
     """Tokens of prompt and answer together. Raises UserError for more than the model's positions."""
     if settings.max_length == "auto":
-        return min(opened.context_length, DEFAULT_MAX_LENGTH)
+        return min(opened.context_length, SERVE_MAX_LENGTH)
     if settings.max_length > opened.context_length:
         raise UserError(
             f"--max-length {settings.max_length}: the model's context is {opened.context_length} tokens",

@@ -27,7 +27,13 @@ from tunesmith.hub.sources import resolve_model
 from tunesmith.model import attention
 from tunesmith.model.adapters import attach_lora
 from tunesmith.model.batch import Batch
-from tunesmith.model.load import context_length, load_config, load_model, load_tokenizer
+from tunesmith.model.load import (
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_tokenizer,
+)
 from tunesmith.recipe.load import dump_yaml, load_recipe
 from tunesmith.recipe.resolve import resolve, resolve_steps, without_secrets
 from tunesmith.recipe.schema import Recipe
@@ -169,7 +175,7 @@ def write_inputs(job: Job, recipe_path: Path) -> None:
     write_text(run.resolved, dump_yaml(without_secrets(job.recipe)))
     if not run.lock.is_file():
         with new_folder(run.path / "tokenizer") as folder:
-            job.tokenizer.save_pretrained(folder)
+            save_tokenizer(job.tokenizer, folder)
         write_json(run.plan, job.plan.as_dict())
         write_json(run.lock, make_lock(job.files, data_hashes(job.recipe)))
     else:

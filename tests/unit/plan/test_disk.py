@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.plan.disk import SMALL_FILES_BYTES, checkpoint_bytes, free_bytes, plan_disk
+from tunesmith.core.paths import free_bytes
+from tunesmith.plan.disk import SMALL_FILES_BYTES, checkpoint_bytes, plan_disk
 
 
 def test_checkpoint_is_weights_and_two_moments() -> None:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tunesmith.core.errors import PlanRefused
-from tunesmith.plan.disk import free_bytes
+from tunesmith.core.paths import free_bytes
 from tunesmith.recipe.load import check
 from tunesmith.recipe.resolve import Facts, resolve, resolve_steps
 from tunesmith.recipe.schema import Recipe
