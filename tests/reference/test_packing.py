@@ -16,7 +16,11 @@ from tunesmith.train.loop import Trainer
 
 
 def packed_differences(model: Any, vocabulary: int, count: int) -> list[float]:
-    """Largest difference of each document's logits, packed against alone, relative to its largest logit."""
+    """Largest difference of each document's logits, packed against alone.
+
+    In float32 relative to the document's largest logit: matrix kernels round differently for other numbers
+    of rows. In float64 that is out of sight, so there it is the plain difference.
+    """
     documents = make_documents(count, seed=3, vocabulary=vocabulary)
     batch = one_batch(documents)
     model.eval()
@@ -31,8 +35,9 @@ def packed_differences(model: Any, vocabulary: int, count: int) -> list[float]:
         )
         packed = attention.lm_head(model)(hidden)[0]
     parts = packed.split([len(ids) for ids, _ in documents])
+    exact = packed.dtype == torch.float64
     return [
-        float((part - own).abs().max() / own.abs().max().clamp(min=1.0))
+        float((part - own).abs().max() / (1.0 if exact else own.abs().max().clamp(min=1.0)))
         for part, own in zip(parts, alone, strict=True)
     ]
 
@@ -42,8 +47,9 @@ def test_packed_logits_equal_unpacked(kind: str) -> None:
     assert max(packed_differences(make_model(kind), 512, 9)) < 1e-5
 
 
-def test_packed_logits_equal_unpacked_on_smollm2(smol: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_logits_equal_unpacked_on_smollm2(smol: Path, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smol, dtype=dtype)
     assert max(packed_differences(model, 40000, 6)) < 1e-5
 
 

@@ -9,7 +9,7 @@ import torch
 from tunesmith.core.errors import UserError
 from tunesmith.hub.sources import resolve_model
 from tunesmith.model.adapters import merge_adapter
-from tunesmith.model.fast_linear import store_by_input
+from tunesmith.model.fast_linear import use_blocks
 from tunesmith.model.generate import check_logits
 from tunesmith.model.hardware import pick_device, pick_serving_dtype, set_threads
 from tunesmith.workflows.open_model import OpenModel, load_files, with_given_adapter
@@ -40,7 +40,7 @@ def open_served(
         model = merge_adapter(model)
     # Merged in float32 and only then rounded: an adapter's small changes would drown in bf16 sums.
     model = model.to(dtype)
-    store_by_input(model)
+    use_blocks(model)
     check_logits(model, warm_up_prompt(opened))
     return OpenModel(model, opened.tokenizer, opened.name, files, files.adapter, opened.context_length)
 
