@@ -15,17 +15,15 @@ import torch
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import write_text
 from tunesmith.core.progress import Meter
-from tunesmith.core.run_folder import RunFolder, is_run
 from tunesmith.model import attention
 from tunesmith.model.generate import generate
 from tunesmith.model.hardware import pick_device, pick_serving_dtype, set_threads
 from tunesmith.model.sampling import SamplingParams
 from tunesmith.model.scoring import document_losses
 from tunesmith.model.template import stop_token_ids
-from tunesmith.recipe.schema import Recipe
 from tunesmith.workflows.eval_rows import EvalRow, EvalRows, packed, read_rows
 from tunesmith.workflows.open_model import OpenModel, open_model
-from tunesmith.workflows.run_facts import run_recipe
+from tunesmith.workflows.run_facts import recipe_of
 
 BATCH_TOKENS = 2048
 MAX_CONCURRENT = 16
@@ -111,7 +109,7 @@ def evaluate_model(
     place = pick_device(device)
     dtype = pick_serving_dtype(precision, place)
     # In 16 bits a merge would round the weights: the adapter stays beside the base there.
-    recipe = _recipe_of(path)
+    recipe = recipe_of(path)
     opened = open_model(
         path,
         adapter=adapter,
@@ -137,11 +135,6 @@ def evaluate_model(
         lines = [json.dumps(asdict(answer), ensure_ascii=False) for answer in result.answers]
         write_text(output, "\n".join(lines) + "\n")
     return result
-
-
-def _recipe_of(path: str) -> Recipe | None:
-    folder = Path(path).expanduser()
-    return run_recipe(RunFolder(folder)) if is_run(folder) else None
 
 
 def evaluate_open(

@@ -13,6 +13,7 @@ from tunesmith.model.fast_linear import use_blocks
 from tunesmith.model.generate import check_logits
 from tunesmith.model.hardware import pick_device, pick_serving_dtype, set_threads
 from tunesmith.workflows.open_model import OpenModel, load_files, with_given_adapter
+from tunesmith.workflows.run_facts import recipe_of
 
 CHECK_TOKENS = 16
 
@@ -33,7 +34,13 @@ def open_served(
     if adapter is not None:
         files = with_given_adapter(files, adapter)
     tuned = files.adapter is not None or bool(files.base_adapters)
-    opened = load_files(files, dtype=torch.float32 if tuned else dtype, device=where)
+    recipe = recipe_of(path)
+    opened = load_files(
+        files,
+        dtype=torch.float32 if tuned else dtype,
+        device=where,
+        trust_remote_code=recipe is not None and recipe.model.trust_remote_code,
+    )
     model = opened.model
     if files.adapter is not None:
         check_adapter(opened)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tunesmith.core.events import read_events
-from tunesmith.core.run_folder import RunFolder
+from tunesmith.core.run_folder import RunFolder, is_run
 from tunesmith.export.card import CardFacts
 from tunesmith.export.merge import Check
 from tunesmith.export.save import license_of
@@ -50,6 +51,12 @@ def public_recipe(run: RunFolder) -> str:
 def run_recipe(run: RunFolder) -> Recipe:
     """The recipe that the run used: resolved, or as written where the run has not got that far."""
     return load_recipe(run.resolved if run.resolved.is_file() else run.recipe)
+
+
+def recipe_of(path: str) -> Recipe | None:
+    """The recipe of the run at `path`; None where that is no run folder."""
+    folder = Path(path).expanduser()
+    return run_recipe(RunFolder(folder)) if is_run(folder) else None
 
 
 def card_facts(
