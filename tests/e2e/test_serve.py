@@ -23,6 +23,7 @@ import torch
 from openai import AsyncOpenAI, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.greedy import greedy
 from tunesmith.model.template import encode_prompt
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -87,20 +88,6 @@ def reference(smol: Path) -> Any:
     return model, AutoTokenizer.from_pretrained(smol)
 
 
-def greedy(reference: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    model, tokenizer = reference
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
 # -- the real model ---------------------------------------------------------------------------------
 
 
@@ -113,7 +100,7 @@ def test_greedy_chat_equals_transformers_generate(real: Running, reference: Any)
             model="smol", messages=messages, max_tokens=40, temperature=0, logprobs=True
         )
         prompt = encode_prompt(tokenizer, messages)
-        expected = greedy(reference, prompt, 40)
+        expected = greedy(reference[0], prompt, 40)
         assert answer.choices[0].message.content == tokenizer.decode(expected, skip_special_tokens=True)
         entries = answer.choices[0].logprobs.content
         assert bytes(b for e in entries for b in e.bytes).decode() == answer.choices[0].message.content
@@ -125,7 +112,7 @@ def test_completions_of_token_ids_equal_transformers_generate(real: Running, ref
     tokenizer = reference[1]
     prompts = [tokenizer(text).input_ids for text in ("Once upon a time", "def add(a, b):\n")]
     answer = real.client().completions.create(model="smol", prompt=prompts, max_tokens=30, temperature=0)
-    expected = [tokenizer.decode(greedy(reference, p, 30), skip_special_tokens=True) for p in prompts]
+    expected = [tokenizer.decode(greedy(reference[0], p, 30), skip_special_tokens=True) for p in prompts]
     assert [choice.text for choice in answer.choices] == expected
 
 

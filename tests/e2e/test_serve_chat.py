@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.greedy import greedy
 from tunesmith.model.adapters import attach_lora, save_adapter
 from tunesmith.model.load import load_model
 from tunesmith.model.template import encode_prompt
@@ -30,19 +31,6 @@ def make_adapter(tiny: Path, folder: Path, *, size: float) -> Path:
                 parameter.normal_(0, size) if size else parameter.zero_()
     save_adapter(tuned, folder)
     return folder
-
-
-def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=2,
-        )
-    return out[0, len(prompt) :].tolist()
 
 
 def test_one_message_as_json_equals_transformers(smol: Path, cli: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +20,9 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
     check: bool = True,
+    input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end and return its output as text.
+    """Run a program to its end and return its output as text. `input`: text for its stdin, else none.
 
     Raises UserError when the program is not installed, TunesmithError when it fails (with the last
     lines of its error output) or takes longer than `timeout_s`.
@@ -29,7 +31,14 @@ def run(
         raise UserError(f"the program '{args[0]}' is not on this machine", hint=f"install {args[0]}")
     try:
         done = subprocess.run(
-            list(args), cwd=cwd, env=env, timeout=timeout_s, text=True, errors="replace", capture_output=True
+            list(args),
+            cwd=cwd,
+            env=env,
+            timeout=timeout_s,
+            text=True,
+            errors="replace",
+            capture_output=True,
+            **({"stdin": subprocess.DEVNULL} if input is None else {"input": input}),
         )
     except subprocess.TimeoutExpired:
         raise TunesmithError(f"'{args[0]}' did not end within {timeout_s:g} s") from None
@@ -37,6 +46,23 @@ def run(
         tail = "\n".join(done.stderr.strip().splitlines()[-8:])
         raise TunesmithError(f"'{' '.join(args[:4])}' ended with code {done.returncode}:\n{tail}")
     return done
+
+
+def show(
+    args: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    to_stdout: bool = False,
+) -> int:
+    """Run a program on this terminal, with its keyboard, and return its exit code.
+
+    Its output goes to stderr unless `to_stdout`: stdout belongs to `--json`. Raises UserError when the
+    program is not installed.
+    """
+    if shutil.which(args[0]) is None:
+        raise UserError(f"the program '{args[0]}' is not on this machine", hint=f"install {args[0]}")
+    return subprocess.run(list(args), cwd=cwd, env=env, stdout=None if to_stdout else sys.stderr).returncode
 
 
 def start(

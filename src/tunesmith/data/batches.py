@@ -94,6 +94,18 @@ class StepPlan:
         at = (step - first) * self.packs_per_step
         return self._packs_of(epoch)[at : at + self.packs_per_step]
 
+    def longest(self) -> Batch:
+        """The micro-batch with the most tokens of the whole run."""
+
+        def largest(step: int) -> tuple[int, int, int]:
+            packs = [int(self.store.lengths[pack].sum()) for pack in self.documents(step)]
+            size = self.micro_batch_size
+            sums = [sum(packs[at : at + size]) for at in range(0, len(packs), size)]
+            return max(sums), step, sums.index(max(sums))
+
+        _, step, number = max(largest(step) for step in range(self.total_steps))
+        return self(step)[number]
+
     def epoch_of(self, step: int) -> tuple[int, int]:
         """(the epoch that the step lies in, the first step of that epoch), both 0-based."""
         ends = list(accumulate(self._counts))

@@ -26,7 +26,6 @@ from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
 from tunesmith.model import attention
 from tunesmith.model.adapters import attach_lora
-from tunesmith.model.batch import Batch
 from tunesmith.model.load import (
     context_length,
     load_config,
@@ -336,26 +335,12 @@ def task_of(job: Job) -> Task:
         model=job.model,
         total_steps=job.steps.total_steps,
         batches=job.steps,
-        longest=longest_batch(job.steps),
+        longest=job.steps.longest(),
         epochs_after=job.steps.epochs_after,
         eval_batches=held_out,
         sample=make_sampler(recipe, job.tokenizer, job.model),
         resume_command=job.resume_command,
     )
-
-
-def longest_batch(steps: StepPlan) -> Batch:
-    """The micro-batch with the most tokens of the first epoch."""
-    size, lengths = steps.micro_batch_size, steps.store.lengths
-
-    def largest(step: int) -> tuple[int, int, int]:
-        packs = [int(lengths[pack].sum()) for pack in steps.documents(step)]
-        sums = [sum(packs[at : at + size]) for at in range(0, len(packs), size)]
-        return max(sums), step, sums.index(max(sums))
-
-    last = min(steps.total_steps, steps.steps_per_epoch)
-    _, step, number = max(largest(step) for step in range(last))
-    return steps(step)[number]
 
 
 def _begin(job: Job, trainer: Trainer, events: EventLog, *, resumed: bool) -> None:

@@ -31,3 +31,25 @@ def test_stop_ends_a_program_that_ignores_sigterm(tmp_path: Path) -> None:
         assert process.poll() is None
     assert proc.stop(process, grace_s=0.2) == -9
     assert proc.stop(process) == -9
+
+
+def test_run_hands_text_to_stdin_and_none_by_default() -> None:
+    assert proc.run(["cat"], input="äöü\n").stdout == "äöü\n"
+    assert proc.run(["cat"]).stdout == ""
+
+
+def test_show_keeps_stdout_free_and_returns_the_code(capfd: pytest.CaptureFixture[str]) -> None:
+    assert proc.show(["sh", "-c", "echo seen; exit 3"]) == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "seen" in err
+
+
+def test_show_can_write_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    assert proc.show(["echo", "seen"], to_stdout=True) == 0
+    assert capfd.readouterr().out == "seen\n"
+
+
+def test_show_of_an_unknown_program_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="no-such-program"):
+        proc.show(["no-such-program"])

@@ -181,3 +181,11 @@ def test_eval_batches_of_some_rows_are_always_the_same() -> None:
 
 def test_eval_batches_of_nothing() -> None:
     assert eval_batches(store_of(), max_tokens=64) == []
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_longest_batch_is_that_of_all_epochs(packing: bool, seed: int) -> None:
+    plan = plan_of(store_of(LENGTHS), packing=packing, seed=seed, epochs=3)
+    sizes = [len(batch.input_ids) for step in range(plan.total_steps) for batch in plan(step)]
+    assert len(plan.longest().input_ids) == max(sizes)
