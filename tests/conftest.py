@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.docker_daemon import busybox_image, docker_host, python_image, use_docker
+
+__all__ = ["busybox_image", "docker_host", "python_image", "use_docker"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,39 +1,78 @@
-"""tunesmith fetch against a real HTTP server that answers as the hub does, each call its own process."""
+"""tunesmith fetch against a real HTTP server that answers as the hub does."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
+import random
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.fake_hub import COMMIT, Hub, serve_hub
+from tests.hub_server import COMMIT, Fault, Hub, serve_hub
+from tests.repos import contents, make_model, wanted
+from tunesmith.cli.main import main
 
 NAME = "owner/tiny"
+ROWS = "owner/rows"
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
-def hub(tiny: Path, tmp_path: Path) -> Iterator[Hub]:
-    repo = Path(shutil.copytree(tiny, tmp_path / "repo"))
-    (repo / "README.md").write_text("---\nlicense: mit\n---\n")
-    (repo / "pytorch_model.bin").write_bytes(b"never wanted")
-    (repo / "consolidated.safetensors").write_bytes(b"the same weights again, for another program")
-    with serve_hub({NAME: repo}) as server:
+def repo(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "repo")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "rows"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    for split, count in (("train", 12), ("test", 3)):
+        columns = {
+            "instruction": [f"{split} question {n}" for n in range(count)],
+            "output": ["answer"] * count,
+        }
+        pq.write_table(pa.table(columns), folder / "data" / f"{split}-00000-of-00001.parquet")
+    (folder / "old.pkl").write_bytes(b"never wanted")
+    return folder
+
+
+@pytest.fixture
+def hub(repo: Path, rows: Path) -> Iterator[Hub]:
+    with serve_hub({NAME: repo}, {ROWS: rows}) as server:
         yield server
 
 
 @pytest.fixture
-def fetch(cli: Any, tmp_path: Path) -> Any:
+def online(tmp_path: Path) -> dict[str, str]:
+    return {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@pytest.fixture
+def fetch(online: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command line, called in this process: fifty processes would take a minute."""
+
     def run(*args: str, ok: bool = True, **env: str) -> dict[str, Any]:
-        own = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"} | env
-        done = cli("fetch", *args, "--json", env=own)
-        assert (done.returncode == 0) is ok, done.stderr
-        return json.loads(done.stdout) | {"code": done.returncode, "stderr": done.stderr}
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            for name in ("HF_TOKEN", "HF_ENDPOINT"):
+                patch.delenv(name, raising=False)
+            for name, value in (online | env).items():
+                patch.setenv(name, value)
+            main(["fetch", *args, "--json"])
+        out, err = capsys.readouterr()
+        assert (end.value.code == 0) is ok, err
+        return json.loads(out) | {"code": end.value.code, "stderr": err}
 
     return run
 
@@ -44,16 +83,14 @@ def dead_endpoint() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-def test_fetch_brings_safetensors_with_hashes_and_commit(hub: Hub, fetch: Any, tiny: Path) -> None:
+def test_fetch_brings_safetensors_with_hashes_and_commit(hub: Hub, fetch: Any, repo: Path) -> None:
     found = fetch(NAME, HF_ENDPOINT=hub.url)
     assert (found["source"], found["revision"]) == ("hub", COMMIT)
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= found[
-        "files"
-    ].keys()
-    assert not {"pytorch_model.bin", "consolidated.safetensors"} & found["files"].keys()
+    assert contents(Path(found["folder"])) == wanted(repo)
     assert not any(".bin" in request or "consolidated" in request for request in hub.requests)
-    sha256 = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
-    assert found["files"]["model.safetensors"]["sha256"] == sha256
+    entry = found["files"][WEIGHTS]
+    content = (repo / WEIGHTS).read_bytes()
+    assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def test_second_endpoint_after_the_first_is_dead(hub: Hub, fetch: Any) -> None:
@@ -63,15 +100,53 @@ def test_second_endpoint_after_the_first_is_dead(hub: Hub, fetch: Any) -> None:
     assert dead in found["stderr"]
 
 
-def test_recipe_names_endpoint_and_revision(hub: Hub, fetch: Any, tmp_path: Path) -> None:
-    recipe = tmp_path / "r.yaml"
+@pytest.mark.parametrize("form", ["argument", "option"])
+def test_recipe_gets_all_it_needs_and_writes_the_lock(
+    hub: Hub, fetch: Any, tmp_path: Path, rows: Path, form: str
+) -> None:
+    recipe, lock = tmp_path / "r.yaml", tmp_path / "lock.json"
     recipe.write_text(
-        f"model: {{path: {NAME}, revision: v1, endpoint: ['{hub.url}']}}\ndata: {{sources: [{{path: rows.jsonl}}]}}\n"
+        f"model: {{path: {NAME}, revision: v1, endpoint: ['{hub.url}']}}\n"
+        f"data: {{sources: [{{path: {ROWS}}}, {{path: rows.jsonl}}, {{path: {ROWS}, split: test}}]}}\n"
     )
-    found = fetch(str(recipe), "--lock", str(tmp_path / "lock.json"))
-    lock = json.loads((tmp_path / "lock.json").read_text())
-    assert lock["model"]["revision"] == COMMIT == found["revision"]
-    assert lock["model"]["files"] == found["files"]
+    args = [str(recipe)] if form == "argument" else ["--recipe", str(recipe)]
+    plan = fetch(*args, "--dry-run")
+    assert plan["missing_bytes"] == plan["bytes"] > 300_000 and hub.served == []
+    found = fetch(*args, "--lock", str(lock))
+    written = json.loads(lock.read_text())
+    assert written["model"]["revision"] == COMMIT == found["revision"]
+    assert written["model"]["files"] == found["files"]
+    (data,) = written["datasets"]
+    assert (data["name"], data["revision"]) == (ROWS, COMMIT)
+    brought = {name: content for name, content in contents(rows).items() if name != "old.pkl"}
+    assert contents(Path(data["folder"])) == brought and data["files"].keys() == brought.keys()
+
+
+@pytest.mark.parametrize("args", [["--dataset", ROWS], [f"datasets/{ROWS}"], [f"dataset:{ROWS}"]])
+def test_data_set_by_option_or_prefix(hub: Hub, fetch: Any, args: list[str]) -> None:
+    found = fetch(*args, HF_ENDPOINT=hub.url)
+    assert (found["dataset"], found["revision"]) == (ROWS, COMMIT)
+    assert "data/train-00000-of-00001.parquet" in found["files"] and "old.pkl" not in found["files"]
+    assert "old.pkl" in found["stderr"]
+
+
+def test_fetched_data_set_is_read_offline(
+    hub: Hub, fetch: Any, cli: Any, tmp_path: Path, smol: Path, online: dict[str, str]
+) -> None:
+    fetch("--dataset", ROWS, HF_ENDPOINT=hub.url)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {{path: {smol}}}\ndata: {{sources: [{{path: {ROWS}}}], eval_fraction: 0}}\n")
+    done = cli("data", "check", recipe, "--json", env=online | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '"kept": 12' in done.stdout
+
+
+def test_fetched_model_is_found_offline_by_transformers(hub: Hub, fetch: Any, online: dict[str, str]) -> None:
+    fetch(NAME, HF_ENDPOINT=hub.url)
+    code = f"from transformers import AutoConfig\nprint(AutoConfig.from_pretrained('{NAME}').model_type)"
+    env = os.environ | online | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "llama\n", done.stderr
 
 
 def test_offline_takes_the_cache_and_asks_nobody(hub: Hub, fetch: Any) -> None:
@@ -105,19 +180,14 @@ def test_dead_network_falls_back_to_the_cache_and_says_so(hub: Hub, fetch: Any) 
     assert "the copy in the cache is used" in again["stderr"]
 
 
-def test_cut_download_is_resumed(hub: Hub, fetch: Any, tiny: Path) -> None:
-    hub.fail_after = 1_000_000
-    found = fetch(NAME, HF_ENDPOINT=hub.url)
-    sha256 = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
-    assert found["files"]["model.safetensors"]["sha256"] == sha256
-    assert sum(request.startswith("GET") and "model.safetensors" in request for request in hub.requests) == 2
-
-
 def test_file_damaged_on_its_way_is_not_kept(hub: Hub, fetch: Any) -> None:
-    hub.corrupt = True
+    hub.faults.append(Fault("wrong", path=WEIGHTS, after=1000))
     error = fetch(NAME, ok=False, HF_ENDPOINT=hub.url)
-    assert "damaged on its way" in error["error"]["what"]
-    hub.corrupt = False
+    assert error["code"] == 1
+    assert (
+        WEIGHTS in error["error"]["what"] and "damaged on its way: expected SHA-256" in error["error"]["what"]
+    )
+    hub.faults.clear()
     assert fetch(NAME, HF_ENDPOINT=hub.url)["revision"] == COMMIT
 
 
@@ -133,27 +203,105 @@ def test_unknown_model_or_revision(
     assert message in error["error"]["what"]
 
 
-def test_gated_model(hub: Hub, fetch: Any) -> None:
+def test_gated_model_and_no_token_anywhere_in_the_output(hub: Hub, fetch: Any) -> None:
     hub.gated.add(NAME)
-    error = fetch(NAME, ok=False, HF_ENDPOINT=hub.url)
+    env = {"HF_ENDPOINT": hub.url.replace("//", "//user:pass-secret@"), "HF_TOKEN": "hf_secret"}
+    error = fetch(NAME, ok=False, **env)
     assert error["code"] == 2
     assert "gated" in error["error"]["what"] and "HF_TOKEN" in error["error"]["hint"]
+    assert "secret" not in json.dumps(error)
+    hub.tokens.add("hf_secret")
+    hub.faults.append(Fault("wrong", path=WEIGHTS))
+    assert "secret" not in json.dumps(fetch(NAME, ok=False, **env))
 
 
 @pytest.mark.parametrize(
     ("rename", "message"), [("pytorch_model.bin", "pickles"), ("m.gguf", "GGUF files only")]
 )
-def test_repository_without_safetensors(hub: Hub, fetch: Any, rename: str, message: str) -> None:
-    repo = hub.repos[NAME]
+def test_repository_without_safetensors(hub: Hub, fetch: Any, repo: Path, rename: str, message: str) -> None:
     (repo / "pytorch_model.bin").unlink()
-    (repo / "model.safetensors").rename(repo / rename)
+    (repo / WEIGHTS).rename(repo / rename)
     error = fetch(NAME, ok=False, HF_ENDPOINT=hub.url)
     assert error["code"] == 2
     assert message in error["error"]["what"]
-    assert not any(request.startswith("GET") and "/resolve/" in request for request in hub.requests)
+    assert hub.served == []
+    if message == "pickles":
+        assert rename in fetch(NAME, "--allow-pickle", HF_ENDPOINT=hub.url)["stderr"] or hub.bytes_of(rename)
+    else:
+        assert fetch(NAME, "--allow", "*.gguf", HF_ENDPOINT=hub.url)["files"].keys() == {rename}
 
 
-def test_text_output(cli: Any, tiny: Path) -> None:
-    done = cli("fetch", str(tiny))
+def test_dry_run_lists_files_and_sizes_and_brings_nothing(
+    hub: Hub, cli: Any, fetch: Any, repo: Path, online: dict[str, str]
+) -> None:
+    found = fetch(NAME, "--dry-run", HF_ENDPOINT=hub.url)
+    assert {name: entry["bytes"] for name, entry in found["files"].items()} == {
+        name: len(content) for name, content in wanted(repo).items()
+    }
+    assert found["bytes"] == found["missing_bytes"] == sum(map(len, wanted(repo).values()))
+    text = cli("fetch", NAME, "--dry-run", env=online | {"HF_ENDPOINT": hub.url}).stdout
+    assert "293.0 KiB  model.safetensors" in text and hub.served == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give one thing"),
+        ([NAME, "--endpoint", "ftp://x"], "endpoint 'ftp://x'"),
+        ([NAME, "--jobs", "0"], "--jobs"),
+        (["../x", "--dataset"], "no id of a data set"),
+        ([".", "--allow", "*.json"], "no hub model"),
+    ],
+)
+def test_wrong_input(fetch: Any, args: list[str], message: str) -> None:
+    error = fetch(*args, ok=False)
+    assert error["code"] == 2 and message in error["error"]["what"]
+
+
+def test_text_output(cli: Any, repo: Path) -> None:
+    (repo / "pytorch_model.bin").unlink()
+    done = cli("fetch", str(repo))
     assert done.returncode == 0, done.stderr
-    assert str(tiny) in done.stdout and "model.safetensors" in done.stdout
+    assert str(repo) in done.stdout and WEIGHTS in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_random_points_until_done(
+    tmp_path: Path, online: dict[str, str], number: signal.Signals
+) -> None:
+    repo = make_model(tmp_path / "large", num_bytes=1_500_000, shards=3)
+    snapshot = tmp_path / f"hf/hub/models--owner--tiny/snapshots/{COMMIT}"
+    rng, kills, code = random.Random(number), 0, -1
+    with serve_hub({NAME: repo}) as hub:
+        hub.faults.append(Fault("slow", path="model-", rate=1_000_000))
+        while code != 0:
+            code = fetch_and_kill(hub, repo, os.environ | online | {"HF_ENDPOINT": hub.url}, number, rng)
+            kills += code != 0
+            assert code in (0, -number, 130)
+            assert not snapshot.exists() or contents(snapshot) == wanted(repo)
+        assert kills >= 2 and contents(snapshot) == wanted(repo)
+        for name, content in wanted(repo).items():
+            begins = [begin for begin, _ in hub.bytes_of(name)]
+            assert len(content) > 1000 or len(begins) <= 1  # what was there whole came once
+            assert begins == sorted(begins)  # and a part never began again
+        assert any(begin > 0 for name in wanted(repo) for begin, _ in hub.bytes_of(name))
+
+
+def fetch_and_kill(
+    hub: Hub, repo: Path, env: dict[str, str], number: signal.Signals, rng: random.Random
+) -> int:
+    """Start a fetch, kill it a while after its first bytes, and return its exit code."""
+    before = came(hub, repo)
+    args = [sys.executable, "-m", "tunesmith", "fetch", NAME]
+    process = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while process.poll() is None and came(hub, repo) == before and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0.2, 0.6))
+    process.send_signal(number)
+    return process.wait(20)
+
+
+def came(hub: Hub, repo: Path) -> int:
+    """Bytes that the hub has sent."""
+    return sum(end - begin for name in wanted(repo) for begin, end in hub.bytes_of(name))

@@ -21,11 +21,27 @@ from tunesmith.core.errors import Interrupted, MissingExtra, TunesmithError, Use
 
 # name: (module with a typer app named `app`, one line of help)
 COMMANDS = {
+    "doctor": ("tunesmith.cli.doctor", "Look this host over: GPU, docker, mirrors, disk; with every fix."),
+    "setup": ("tunesmith.cli.setup", "Install what this host still needs: docker, NVIDIA toolkit, mirrors."),
+    "image": ("tunesmith.cli.image", "Show, build, check, save and load the locked container image."),
+    "up": ("tunesmith.cli.up", "Start the containers: lab, train, serve."),
+    "down": ("tunesmith.cli.down", "Stop and remove the containers."),
+    "ps": ("tunesmith.cli.ps", "What runs in the containers, and how it is."),
+    "logs": ("tunesmith.cli.logs", "What the containers printed."),
+    "shell": ("tunesmith.cli.shell", "A shell, or one command, in a container."),
+    "lab": ("tunesmith.cli.lab", "JupyterLab behind a token, in a container or in this environment."),
+    "bundle": (
+        "tunesmith.cli.bundle",
+        "Collect all that a machine without network needs, and install it there.",
+    ),
     "quickstart": (
         "tunesmith.cli.quickstart",
         "Fine-tune, prove, export and serve a small real model in minutes.",
     ),
-    "fetch": ("tunesmith.cli.fetch", "Bring a model to this machine and write its lock."),
+    "fetch": (
+        "tunesmith.cli.fetch",
+        "Bring a model or data set to this machine, checked, and write its lock.",
+    ),
     "data": ("tunesmith.cli.data", "Show and check the rows of a recipe as the model will see them."),
     "train": ("tunesmith.cli.train", "Train a recipe, or resume its unfinished run."),
     "eval": ("tunesmith.cli.evaluate", "Loss, perplexity and exact match of a model or run on a file."),
@@ -38,8 +54,8 @@ COMMANDS = {
 # The extra that brings a package which is missing.
 EXTRA_OF = {
     "torch": "train", "transformers": "train", "peft": "train", "datasets": "train", "safetensors": "train",
-    "pyarrow": "train", "huggingface_hub": "train", "tensorboard": "train",
-    "fastapi": "serve", "uvicorn": "serve", "openai": "serve",
+    "pyarrow": "train", "numpy": "train", "tokenizers": "train", "tensorboard": "train",
+    "jupyterlab": "host", "fastapi": "serve", "uvicorn": "serve", "openai": "serve",
 }  # fmt: skip
 
 USAGE = """\

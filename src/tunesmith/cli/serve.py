@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from enum import StrEnum
+from pathlib import Path
 
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.errors import UserError
 
 app = typer.Typer(add_completion=False)
 
@@ -52,6 +54,9 @@ def serve(
     api_key: str | None = typer.Option(
         None, envvar="TUNESMITH_API_KEY", show_envvar=True, help="Key that clients must send."
     ),
+    api_key_file: Path | None = typer.Option(
+        None, help="File that holds the key: unlike a command line, only its owner can read it."
+    ),
     max_length: int | None = typer.Option(
         None,
         min=8,
@@ -81,7 +86,7 @@ def serve(
         adapter=adapter,
         host=host,
         port=port,
-        api_key=api_key,
+        api_key=_key_of(api_key_file) if api_key_file else api_key,
         max_length=max_length,
         max_concurrent=max_concurrent,
         precision=precision.value if precision else None,
@@ -92,3 +97,15 @@ def serve(
     )
     if run(model, options, on_ready=print_json if json else None) == signal.SIGINT:
         raise SystemExit(128 + signal.SIGINT)
+
+
+def _key_of(file: Path) -> str:
+    """Raises UserError for a file that cannot be read, or that is empty: the server would be open."""
+    try:
+        key = file.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise UserError(f"--api-key-file {file}: {reason}", hint="give a text file of one line") from None
+    if not key:
+        raise UserError(f"--api-key-file {file}: is empty", hint="write the key into it")
+    return key

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tunesmith.core.errors import UserError
+from tunesmith.core.hub_cache import fetched_folder
 from tunesmith.core.paths import sha256_file, sha256_json
 from tunesmith.recipe.schema import Source
 
@@ -256,8 +257,9 @@ def _saved(path: Path, source: Source, place: str) -> RowFile:
 def _hub(source: Source, place: str) -> RowFile:
     from datasets import load_dataset
 
+    fetched = fetched_folder("dataset", source.path)  # what fetch brought is used until it is fetched anew
     try:
-        found = load_dataset(source.path, split=source.split)
+        found = load_dataset(str(fetched or source.path), split=source.split)
     except ValueError as error:
         if "split" not in str(error).lower():
             raise _hub_failed(source, place, error) from None

@@ -18,7 +18,7 @@ from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.paths import sha256_file
 from tunesmith.core.proc import run
 from tunesmith.core.progress import say
-from tunesmith.hub.gguf_file import convert
+from tunesmith.hub.gguf_file import check_reader, convert
 from tunesmith.hub.made import made_once, models_dir
 from tunesmith.hub.model_files import ModelFiles
 
@@ -35,6 +35,7 @@ def builtin_model(*, progress: bool = True) -> ModelFiles:
     """The built-in model in the cache, made at the first call (about half a minute and a 93 MB download)."""
 
     def make(folder: Path) -> None:
+        check_reader()  # before 93 MB come
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{BUILTIN}.partial-") as scratch:
             path = _gguf(Path(scratch), progress=progress)
             if progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import io
 import mmap
 import re
@@ -58,10 +59,7 @@ def model_from_gguf(path: Path, *, progress: bool = True) -> ModelFiles:
 
 def convert(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file to `folder`: config, bf16 safetensors, tokenizer, chat template."""
-    try:
-        import gguf  # noqa: F401
-    except ModuleNotFoundError:
-        raise MissingExtra("gguf", "train") from None
+    check_reader()
     try:
         with quiet(), _without_gc():
             _convert(path, folder)
@@ -73,6 +71,13 @@ def convert(path: Path, folder: Path) -> None:
             f"{path}: the GGUF file could not be read: {text[:300]}",
             hint="fetch it again if it is damaged, or use the model's original safetensors",
         ) from error
+
+
+def check_reader() -> None:
+    """Raise MissingExtra unless the packages that read a GGUF file are installed."""
+    for package in ("gguf", "transformers", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(package, "train")
 
 
 @contextmanager

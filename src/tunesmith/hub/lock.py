@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith import __version__
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import write_json
+from tunesmith.hub.datasets import DatasetFiles
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.weights import read_json_file
 
@@ -49,6 +50,21 @@ def write_lock(path: Path, model: ModelFiles, data: Mapping[str, Any] | None = N
     lock = make_lock(model, data)
     write_json(path, lock)
     return lock
+
+
+def write_fetch_lock(path: Path, model: ModelFiles | None, datasets: Sequence[DatasetFiles]) -> None:
+    """Write what was fetched: the lock of a run's shape, with each hub data set under "datasets"."""
+    lock: dict[str, Any] = make_lock(model) if model else {"data": {}, "versions": versions()}
+    lock["datasets"] = [
+        {
+            "name": found.name,
+            "revision": found.revision,
+            "folder": str(found.folder),
+            "files": found.files,
+        }
+        for found in datasets
+    ]
+    write_json(path, lock)
 
 
 def read_lock(path: Path) -> dict[str, Any]:

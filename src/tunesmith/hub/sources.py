@@ -48,10 +48,17 @@ def resolve_model(
         return _folder(local, again)
     if path.lower() == BUILTIN:
         return builtin_model(progress=progress)
-    if not HUB_ID.match(path) or path.endswith(".gguf"):
+    if not is_hub_model(path):
         raise _not_found(path)
     found = fetch_model(path, revision=revision, endpoints=endpoints, offline=offline, progress=progress)
     return _adapter(found.folder, again) if is_adapter(found.folder) else found
+
+
+def is_hub_model(path: str) -> bool:
+    """True when `path` means a hub id: the form owner/name, and nothing of that name here."""
+    return (
+        HUB_ID.match(path) is not None and not path.endswith(".gguf") and not Path(path).expanduser().exists()
+    )
 
 
 def _file(path: Path, *, progress: bool) -> ModelFiles:

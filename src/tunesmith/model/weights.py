@@ -98,19 +98,33 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name: shape of every tensor in a safetensors file, from its header.
+    """Name: shape of every tensor in a safetensors file, from its header, without the package.
 
-    Raises UserError when the file is cut short or is no safetensors file.
+    Format: https://huggingface.co/docs/safetensors. Raises UserError when the file is cut short or is no
+    safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        header, num_bytes = _safetensors_header(path)
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        if max(ends, default=0) != num_bytes:
+            raise ValueError(f"its tensors end at byte {max(ends, default=0)} of {num_bytes}")
+        return {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError) as error:
         raise UserError(
             f"{path}: the file is damaged ({error})", hint="copy or fetch it again: it may be cut short"
         ) from None
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """(entry of every tensor, bytes behind the header): 8 bytes of length, then JSON, then the tensors."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100_000_000):
+            raise ValueError("its header is cut short")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, size - 8 - length
 
 
 def clean_tokenizer_config(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 from openai import OpenAI
 
 from tunesmith.core import proc
-from tunesmith.core.errors import Interrupted, TunesmithError
+from tunesmith.core.errors import Interrupted, TunesmithError, UserError
 from tunesmith.core.net import post_json, wait_until_ready
 from tunesmith.model.batch import IGNORE
 from tunesmith.model.load import load_tokenizer
@@ -27,6 +28,7 @@ from tunesmith.model.template import encode_dialogue
 
 START_S = 120.0
 ANSWER_S = 120.0
+LOOPBACK_S = 5.0
 LOG_LINES = 8
 
 Row = dict[str, Any]
@@ -54,6 +56,20 @@ class Endpoint:
 
     url: str
     api_key: str
+
+
+def check_loopback() -> None:
+    """Raise UserError where this machine cannot speak to itself: the interface 'lo' is down."""
+    try:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            socket.create_connection(listener.getsockname(), timeout=LOOPBACK_S).close()
+    except OSError as error:
+        raise UserError(
+            f"this machine cannot speak to itself over 127.0.0.1, as an endpoint must: {error}",
+            hint="sudo ip link set lo up",
+        ) from None
 
 
 @contextmanager

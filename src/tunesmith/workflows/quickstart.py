@@ -28,9 +28,10 @@ from tunesmith.core.run_folder import RunFolder
 from tunesmith.model.weights import is_adapter, read_json_file
 from tunesmith.recipe.load import load_recipe
 from tunesmith.workflows.data import show_rows
-from tunesmith.workflows.endpoint import ask, same_tokens, serving
+from tunesmith.workflows.endpoint import ask, check_loopback, same_tokens, serving
 from tunesmith.workflows.evaluate import evaluate_model
 from tunesmith.workflows.export import export_run
+from tunesmith.workflows.shipped import shipped
 from tunesmith.workflows.train import sole_trainer, train_recipe
 
 RECIPE = "recipes/quickstart.yaml"
@@ -96,6 +97,7 @@ def quickstart(options: Options) -> QuickstartResult:
 
     Raises UserError when the folder holds something else, or a quickstart with other rows or settings.
     """
+    check_loopback()  # the last stage needs it: say so before minutes of training
     run = RunFolder(options.output.expanduser().absolute())
     notes = _open_notes(run, options)
     files = notes.timed("data", lambda: _write_inputs(run, options))
@@ -285,15 +287,6 @@ def _ask_endpoint(run: RunFolder, files: _Files) -> tuple[list[Found], bool]:
 
 
 # -- shipped files ---------------------------------------------------------------------------------------
-
-
-def shipped(name: str) -> Path:
-    """A file that comes with tunesmith: from the source tree, or from the installed package."""
-    package = Path(tunesmith.__file__).parent
-    for root in (package.parents[1], package / "shipped"):
-        if (root / name).is_file():
-            return root / name
-    raise UserError(f"{name}: this installation has no such file", hint="install tunesmith again")
 
 
 def _generator() -> Any:
