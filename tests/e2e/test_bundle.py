@@ -16,6 +16,7 @@ from tests.hub_server import serve_hub
 from tunesmith.cli.bundle import volume_bytes
 from tunesmith.core.errors import UserError
 from tunesmith.host.collect import this_distro
+from tunesmith.workflows.bundle_install import InstallOptions, install
 
 ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(24)]
 RECIPE = """\
@@ -148,6 +149,13 @@ def test_host_packages_of_this_distribution(cli: Cli, tmp_path: Path) -> None:
         assert subprocess.run(["dpkg-deb", "--info", folder / name], capture_output=True).returncode == 0
     planned = cli("setup", "--bundle", tmp_path / "bundle", "--dry-run", "--json")
     assert planned.returncode == 0, planned.stderr
+    left = cli.json("bundle", "install", tmp_path / "bundle")
+    assert [step["state"] for step in left["steps"]] == ["by hand"], "nobody was there to be asked"  # type: ignore[attr-defined]
+    would = cli.json("bundle", "install", tmp_path / "bundle", "--dry-run", "--yes")
+    assert [step["state"] for step in would["steps"]] == ["to do" if os.geteuid() == 0 else "by hand"]  # type: ignore[attr-defined]
+    called: list[Path] = []
+    done = install(InstallOptions(bundle=tmp_path / "bundle", set_up=called.append))
+    assert ([step.state for step in done.steps], called) == (["done"], [tmp_path / "bundle"])
 
 
 @pytest.mark.docker

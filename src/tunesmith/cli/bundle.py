@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from tunesmith.cli.main import print_json
-from tunesmith.core.errors import UserError
+from tunesmith.cli.setup import show_outcome, show_plans
+from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.units import bytes_text
 
 app = typer.Typer(
@@ -131,18 +135,26 @@ def install(
     project: Path = typer.Option(
         Path("tunesmith"), help="Folder for the recipe, its data, and the examples."
     ),
+    yes: bool = typer.Option(False, "--yes", help="Do not ask before host packages are installed (as root)."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Verify, and say what would be done."),
     verified: bool = typer.Option(
         False, "--verified", help="The bundle was verified just now; files put in place are checked anyway."
     ),
     json: bool = JSON,
 ) -> None:
-    """Verify the bundle, then put models, data and images in place. It can be called again at any time."""
+    """Verify the bundle, then put packages, images, models and data in place. It can be called again."""
     from tunesmith.workflows.bundle_install import InstallOptions
     from tunesmith.workflows.bundle_install import install as run
 
+    may = os.geteuid() == 0 and (yes or sys.stdin.isatty())
     options = InstallOptions(
-        bundle=folder, parts=names(parts), venv=venv, project=project, dry_run=dry_run, verified=verified
+        bundle=folder,
+        parts=names(parts),
+        venv=venv,
+        project=project,
+        dry_run=dry_run,
+        verified=verified,
+        set_up=partial(_set_up, yes=yes, to_stderr=json) if may else None,
     )
     found = run(options).as_dict()
     if json:
@@ -153,6 +165,25 @@ def install(
         typer.echo(f"{step['state']:<14}{step['part']:<10}{step['name']}  {size}  {step['place']}")
     for command in found["then"]:
         typer.echo(f"then:  {command}")
+
+
+def _set_up(bundle: Path, *, yes: bool, to_stderr: bool) -> None:
+    """What `tunesmith setup --bundle` does on this host."""
+    from tunesmith.workflows.setup import SetupOptions, Where, setup
+
+    hosts = setup(
+        Where(),
+        SetupOptions(bundle=bundle),
+        show=lambda found: show_plans(found, None, to_stderr=to_stderr),
+        confirm=lambda: yes or typer.confirm("Apply this plan?", err=True),
+    )
+    for host in hosts:
+        show_outcome(host, to_stderr=to_stderr)
+    if not all(host.ok for host in hosts):
+        raise TunesmithError(
+            "the host packages of the bundle are not in place",
+            hint=f"tunesmith setup --bundle {bundle}; the rest: --parts images,model,data,project",
+        )
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def setup(
         where,
         options,
         # With --json stdout is for the one object at the end.
-        show=lambda found: _show_plans(found, script, to_stderr=json),
+        show=lambda found: show_plans(found, script, to_stderr=json),
         confirm=lambda: yes or _confirm(),
         dry_run=dry_run,
         script=script,
@@ -114,7 +114,7 @@ def setup(
             {"hosts": [host.as_dict() for host in hosts], "dry_run": dry_run, "ok": all(h.ok for h in hosts)}
         )
     for host in hosts:
-        _show_outcome(host, to_stderr=json)
+        show_outcome(host, to_stderr=json)
     if not all(host.ok for host in hosts):
         raise typer.Exit(1)
 
@@ -128,7 +128,7 @@ def _confirm() -> bool:
     return typer.confirm("Apply this plan?", err=True)
 
 
-def _show_plans(hosts: list[HostSetup], script: Path | None, *, to_stderr: bool) -> None:
+def show_plans(hosts: list[HostSetup], script: Path | None, *, to_stderr: bool) -> None:
     for host in hosts:
         typer.echo("\n".join(_plan_lines(host)), err=to_stderr)
     if script:
@@ -173,7 +173,7 @@ def _short(command: list[str]) -> str:
     return shlex.join(command) if left < 2 else f"{shlex.join(command[:MOST_WORDS])} ... and {left} more"
 
 
-def _show_outcome(host: HostSetup, *, to_stderr: bool) -> None:
+def show_outcome(host: HostSetup, *, to_stderr: bool) -> None:
     if host.outcome is None:
         return
     found = host.as_dict()

@@ -13,7 +13,6 @@ from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.progress import Meter, say
 from tunesmith.core.units import bytes_text
 from tunesmith.host.collect import this_distro
-from tunesmith.host.packages import bundled_releases
 from tunesmith.hub.bundle_environment import environment_is_whole, make_environment
 from tunesmith.hub.bundle_manifest import Item, Manifest, open_manifest
 from tunesmith.hub.bundle_models import conflicts, is_placed, place, place_of
@@ -22,13 +21,15 @@ from tunesmith.workflows.bundle import PARTS, verify
 from tunesmith.workflows.bundle_images import is_loaded, load_image
 
 FAULTS_SHOWN = 20
-State = Literal["there already", "done", "to do", "by hand"]
+State = Literal["there already", "done", "to do", "by hand", "not for here"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstallOptions:
     """parts: None takes all that the bundle has. venv: where the Python environment goes; None: this one
-    stays. project: folder for the recipe, its data and the examples. verified: it was checked just now."""
+    stays. project: folder for the recipe, its data and the examples. verified: it was checked just now.
+    set_up: brings the bundle's packages onto this host; None leaves that to the person.
+    """
 
     bundle: Path
     parts: tuple[str, ...] | None = None
@@ -36,6 +37,7 @@ class InstallOptions:
     project: Path = Path("tunesmith")
     dry_run: bool = False
     verified: bool = False
+    set_up: Callable[[Path], None] | None = None
 
 
 @dataclass
@@ -92,7 +94,8 @@ def install(options: InstallOptions) -> Installed:
     project = options.project.expanduser().absolute()
     jobs = _jobs(bundle, manifest, parts, project, options)
     for job in jobs:
-        job.step.state = "there already" if job.is_done() else job.step.state
+        if job.step.state == "to do" and job.is_done():
+            job.step.state = "there already"
     _check(manifest, parts, project, [job.step for job in jobs])
     for job in jobs if not options.dry_run else []:
         if job.step.state == "to do":
@@ -100,7 +103,7 @@ def install(options: InstallOptions) -> Installed:
             job.do()
             job.step.state = "done"
     return Installed(
-        bundle, [job.step for job in jobs], _then(bundle, manifest, parts, project, options), options.dry_run
+        bundle, [job.step for job in jobs], _then(manifest, parts, project, options, jobs), options.dry_run
     )
 
 
@@ -134,7 +137,8 @@ def _parts(manifest: Manifest, options: InstallOptions) -> set[str]:
 def _jobs(
     bundle: Path, manifest: Manifest, parts: set[str], project: Path, options: InstallOptions
 ) -> list[_Job]:
-    jobs = [_packages_job(bundle, item, manifest) for item in manifest.of("packages") if "packages" in parts]
+    packages = manifest.of("packages") if "packages" in parts else ()
+    jobs = [_packages_job(bundle, item, manifest, options.set_up) for item in packages]
     if "wheels" in parts and options.venv is not None:
         jobs.append(_environment_job(bundle, manifest, options.venv.expanduser().absolute()))
     for item in manifest.items:
@@ -147,13 +151,16 @@ def _jobs(
     return jobs
 
 
-def _packages_job(bundle: Path, item: Item, manifest: Manifest) -> _Job:
-    """Host packages need root, and setup knows the rest of the way: its command is named, not called."""
-    size = manifest.bytes_of(item)
-    mine = this_distro().label == item.name
-    step = Step("packages", item.name, "this host", size, "by hand" if mine else "there already")
-    step.command = f"sudo tunesmith setup --bundle {bundle}" if mine else None
-    return _Job(step, lambda: not mine, lambda: None)
+def _packages_job(
+    bundle: Path, item: Item, manifest: Manifest, set_up: Callable[[Path], None] | None
+) -> _Job:
+    """Host packages go in by setup, which knows the rest of the way; first, since images need docker."""
+    step = Step("packages", item.name, "this host", manifest.bytes_of(item))
+    if this_distro().label != item.name:
+        step.state = "not for here"
+    elif set_up is None:
+        step.state, step.command = "by hand", f"sudo tunesmith setup --bundle {bundle}"
+    return _Job(step, lambda: False, lambda: set_up(bundle) if set_up else None)
 
 
 def _environment_job(bundle: Path, manifest: Manifest, venv: Path) -> _Job:
@@ -211,14 +218,12 @@ def _mount(path: Path) -> Path:
 
 
 def _then(
-    bundle: Path, manifest: Manifest, parts: set[str], project: Path, options: InstallOptions
+    manifest: Manifest, parts: set[str], project: Path, options: InstallOptions, jobs: list[_Job]
 ) -> list[str]:
     """What can be called now."""
     venv = options.venv.expanduser().absolute() if options.venv else Path(sys.prefix)
     program = str(venv / "bin" / "tunesmith")
-    found = []
-    if "packages" in parts and this_distro().label in bundled_releases(bundle):
-        found.append(f"sudo {program} setup --bundle {bundle}")
+    found = [job.step.command.replace("tunesmith", program, 1) for job in jobs if job.step.command]
     if "project" in parts and any(item.name == "recipe" for item in manifest.of("project")):
         found.append(f"cd {project} && {program} train recipe.yaml")
     elif "model" in parts:
