@@ -350,6 +350,7 @@ def test_bad_input_is_one_clear_error(cli: Cli, tmp_path: Path) -> None:
         (["--inventory", tmp_path / "none.yaml"], "No such file"),
         (["--data-root", "data"], "full path"),
         (["--facts", tmp_path / "none.json"], "No such file"),
+        (["--bundle", tmp_path / "none"], "there is no such folder"),
     ):
         done = cli("setup", "--dry-run", *args)
         assert done.returncode in (1, 2) and fault in done.stderr and "Traceback" not in done.stderr, (

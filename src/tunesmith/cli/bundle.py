@@ -67,7 +67,7 @@ def create(
     ),
     distro: list[str] = typer.Option([], metavar="NAME", help="Host packages of ubuntu-22.04, rocky-9, …"),
     gpu: bool = typer.Option(True, help="With the packages of the NVIDIA Container Toolkit."),
-    mirror: str | None = typer.Option(None, metavar="URL", help="Archive for the host packages (apt)."),
+    mirror: str | None = typer.Option(None, metavar="URL", help="Archive of the host packages (apt)."),
     platform: list[str] = typer.Option(
         [], metavar="TAG", help="Wheels for this platform, such as manylinux_2_28_x86_64; default: this one."
     ),

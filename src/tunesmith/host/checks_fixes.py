@@ -18,6 +18,7 @@ from tunesmith.host.steps_packages import (
     toolkit_repository_step,
     toolkit_step,
     toolkit_version,
+    vault_step,
 )
 from tunesmith.host.steps_types import DOCKER_HOST, Step, Write
 
@@ -178,12 +179,7 @@ def hold_driver(distro: Distro) -> list[str]:
 
 def vault(distro: Distro) -> list[str]:
     """CentOS repositories that still exist, for a release whose mirrors are gone."""
-    edit = (
-        "sed -i -e 's|^mirrorlist=|#mirrorlist=|' "
-        "-e 's|^#\\{0,1\\} *baseurl=http://mirror.centos.org|baseurl=https://vault.centos.org|' "
-        "/etc/yum.repos.d/CentOS-*.repo"
-    )
-    return [edit, f"{distro.tool} clean all", f"{distro.tool} makecache"]
+    return [*lines_of(vault_step()), f"{distro.tool} clean all", f"{distro.tool} makecache"]
 
 
 def delete_old_sources() -> list[str]:

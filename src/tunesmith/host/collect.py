@@ -24,11 +24,6 @@ from tunesmith.host.steps_packages import NVIDIA_REPOSITORY, docker_packages, to
 
 LABEL = re.compile(r"^(?P<id>[a-z]+)-(?P<version>\d+(\.\d+)?)$")
 KNOWN = ("ubuntu-22.04", "ubuntu-24.04", "debian-12", "debian-13", "rocky-8", "rocky-9", "rhel-9", "centos-9")
-ARCHIVES = {"ubuntu": "http://archive.ubuntu.com/ubuntu", "debian": "http://deb.debian.org/debian"}
-SECURITY = {
-    "ubuntu": "http://security.ubuntu.com/ubuntu",
-    "debian": "http://security.debian.org/debian-security",
-}
 KEYRINGS = {
     "ubuntu": Path("/usr/share/keyrings/ubuntu-archive-keyring.gpg"),
     "debian": Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
@@ -81,8 +76,9 @@ def collect_packages(
 ) -> None:
     """Fill `folder` with the packages of `distro` and order.txt. `scratch` keeps what is half downloaded.
 
-    `mirror`: the archive of an apt distribution, in place of its own or of this machine's sources. Raises
-    UserError where this machine cannot collect for that distribution, TunesmithError where a download fails.
+    `mirror`: the archive of an apt distribution, in place of this machine's sources; needed for another
+    release. Raises UserError where this machine cannot collect for that distribution, TunesmithError where a
+    download fails.
     """
     if distro.label not in PYTHON:
         say(f"{distro.name} has no Python 3.11 of its own: bring one to the server in another way")
@@ -168,10 +164,10 @@ def _collect_deb(distro: Distro, scratch: Path, folder: Path, *, gpu: bool, mirr
     _take(root.archives.glob("*.deb"), order, folder)
 
 
-def archive_sources(distro: Distro, mirror: str | None = None) -> str:
+def archive_sources(distro: Distro, mirror: str | None) -> str:
     """sources.list of a release: its archive, updates and security fixes, signed by its keyring.
 
-    Raises UserError when this machine does not have that keyring.
+    Raises UserError without a `mirror`, and when this machine does not have that keyring.
     """
     keyring = KEYRINGS.get(distro.id)
     if keyring is None or (distro.id, distro.version) not in CODENAMES:
@@ -183,12 +179,16 @@ def archive_sources(distro: Distro, mirror: str | None = None) -> str:
             f"the packages of {distro.label} cannot be checked: {keyring} is not on this machine",
             hint=f"sudo apt-get install {distro.id}-{'archive-' if distro.id == 'debian' else ''}keyring",
         )
-    archive = (mirror or ARCHIVES[distro.id]).rstrip("/")
+    if mirror is None:
+        raise UserError(
+            f"--distro {distro.label}: this machine's package sources are for {this_distro().label}",
+            hint=f"name the archive of {distro.label}, as its own sources.list does: "
+            f"--mirror https://your.mirror/{distro.id}",
+        )
+    archive = mirror.rstrip("/")
     components = "main universe" if distro.id == "ubuntu" else "main"
     begin, name = f"deb [signed-by={keyring}]", distro.codename
-    security = archive if mirror and distro.id == "ubuntu" else SECURITY[distro.id]
-    if mirror and distro.id == "debian":
-        security = f"{archive.removesuffix('/debian')}/debian-security"
+    security = f"{archive.removesuffix('/debian')}/debian-security" if distro.id == "debian" else archive
     return (
         f"{begin} {archive} {name} {components}\n"
         f"{begin} {archive} {name}-updates {components}\n"

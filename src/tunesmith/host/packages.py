@@ -3,7 +3,8 @@
     packages/ubuntu-22.04/order.txt     file names in dependency order, one a line
     packages/ubuntu-22.04/*.deb         (*.rpm for the dnf and yum families)
 
-`collect_packages` (host/collect.py) writes this layout; `bundled_packages` reads it.
+`collect_packages` (host/collect.py) writes this layout; `bundled_packages` reads it, and also a plain folder
+of package files that somebody collected by hand.
 """
 
 from __future__ import annotations
@@ -24,6 +25,16 @@ TOOLKIT = (
     "nvidia-container-toolkit-base",
     "nvidia-container-toolkit",
 )
+# What is collected by hand goes in so: what the others depend on, then docker, then the toolkit.
+BY_HAND = (
+    "containerd.io",
+    "docker-ce-cli",
+    "docker-ce",
+    "docker.io",
+    "docker-buildx",
+    "docker-compose",
+    *TOOLKIT,
+)
 DOCKER_RPM = ("docker-ce", "docker-ce-cli", "containerd.io", "docker-buildx-plugin", "docker-compose-plugin")
 
 
@@ -41,14 +52,31 @@ def bundled_packages(bundle: Path, distro: Distro) -> list[Path]:
     """
     name = distro.label
     folder = bundle / PACKAGES / name
+    loose = _loose_packages(bundle, distro)
+    if loose and not (bundle / PACKAGES).exists():
+        return loose
     if not (folder / ORDER).is_file():
         there = ", ".join(bundled_releases(bundle)) or "none at all"
         raise UserError(
             f"{bundle}: has no host packages for {name}; it has {there}",
-            hint=f"with network: tunesmith bundle create DIR --parts packages --distro {name}",
+            hint=f"with network: tunesmith bundle create DIR --parts packages --distro {name}; a folder with "
+            f"{'.rpm' if distro.is_rpm else '.deb'} files alone will do too",
         )
     lines = (folder / ORDER).read_text(encoding="utf-8").splitlines()
     return [_package(folder, line.strip()) for line in lines if line.strip()]
+
+
+def _loose_packages(folder: Path, distro: Distro) -> list[Path]:
+    """The distribution's kind of package files lying in `folder` itself, in the order of `BY_HAND`."""
+    return sorted(
+        folder.glob("*.rpm" if distro.is_rpm else "*.deb"), key=lambda path: (_rank(path), path.name)
+    )
+
+
+def _rank(path: Path) -> int:
+    """The place of the longest name in `BY_HAND` that the file's name begins with; others go first."""
+    fits = [name for name in BY_HAND if path.name.startswith((f"{name}-", f"{name}_"))]
+    return BY_HAND.index(max(fits, key=len)) if fits else -1
 
 
 def _package(folder: Path, name: str) -> Path:

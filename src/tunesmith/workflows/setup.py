@@ -117,6 +117,10 @@ def setup(
     `dry_run` stops after showing; `script` writes the plan of the one host to a file and stops. Raises
     UserError for bad input, TunesmithError when the only host cannot be reached or the answer was no.
     """
+    if options.bundle is not None and not options.bundle.is_dir():
+        raise UserError(
+            f"--bundle {options.bundle}: there is no such folder", hint="give the bundle's folder"
+        )
     targets = targets_of(where)
     if where.facts is not None:
         if not (dry_run or script):

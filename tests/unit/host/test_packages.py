@@ -85,19 +85,27 @@ def test_the_toolkit_stands_last_in_its_own_order() -> None:
 def test_sources_are_signed_by_the_distributions_keyring() -> None:
     if this_distro().id != "debian":
         pytest.skip("Debian's keyring is on Debian")
-    text = archive_sources(distro_named("debian-13"))
+    text = archive_sources(distro_named("debian-13"), "https://your.mirror/debian")
     assert text.count("signed-by=/usr/share/keyrings/debian-archive-keyring.gpg") == 3
-    assert "trixie-security main" in text and "http://deb.debian.org/debian trixie main" in text
+    assert "trixie-security main" in text and "https://your.mirror/debian trixie main" in text
     mirrored = archive_sources(distro_named("debian-12"), "https://your.mirror/debian/")
     assert "https://your.mirror/debian bookworm main" in mirrored
     assert "https://your.mirror/debian-security bookworm-security main" in mirrored
+
+
+def test_another_release_needs_its_archive_named() -> None:
+    if this_distro().id != "debian":
+        pytest.skip("Debian's keyring is on Debian")
+    with pytest.raises(UserError, match="package sources are for") as caught:
+        archive_sources(distro_named("debian-13"), None)
+    assert "--mirror https://your.mirror/debian" in str(caught.value.hint)
 
 
 def test_a_keyring_that_is_missing_is_named() -> None:
     if Path("/usr/share/keyrings/ubuntu-archive-keyring.gpg").exists():
         pytest.skip("Ubuntu's keyring is here")
     with pytest.raises(UserError, match="cannot be checked") as caught:
-        archive_sources(distro_named("ubuntu-22.04"))
+        archive_sources(distro_named("ubuntu-22.04"), "https://your.mirror/ubuntu")
     assert caught.value.hint == "sudo apt-get install ubuntu-keyring"
 
 
@@ -106,3 +114,27 @@ def test_rpm_packages_are_collected_on_their_own_distribution(tmp_path: Path) ->
         pytest.skip("this is the distribution")
     with pytest.raises(UserError, match="collected with dnf on a rocky-9"):
         collect_packages(distro_named("rocky-9"), tmp_path / "s", tmp_path / "f", gpu=True)
+
+
+HAND = [
+    "libseccomp2_2.5_amd64.deb",
+    "containerd.io_1.7_amd64.deb",
+    "docker-ce-cli_28.0_amd64.deb",
+    "docker-ce_28.0_amd64.deb",
+    "docker-buildx-plugin_0.2_amd64.deb",
+    "libnvidia-container1_1.20.0-1_amd64.deb",
+    "libnvidia-container-tools_1.20.0-1_amd64.deb",
+    "nvidia-container-toolkit-base_1.20.0-1_amd64.deb",
+    "nvidia-container-toolkit_1.20.0-1_amd64.deb",
+]
+
+
+def test_a_plain_folder_of_packages_is_put_in_order(tmp_path: Path) -> None:
+    names = [name.replace("_amd64.deb", "").replace("_", "-") + ".x86_64.rpm" for name in HAND]
+    for name in (*HAND, *names):
+        (tmp_path / name).touch()
+    assert [path.name for path in bundled_packages(tmp_path, distro_named("ubuntu-22.04"))] == HAND
+    assert [path.name for path in bundled_packages(tmp_path, distro_named("rocky-9"))] == names
+    (tmp_path / "packages").mkdir()
+    with pytest.raises(UserError, match="it has none at all"):
+        bundled_packages(tmp_path, distro_named("ubuntu-22.04"))
