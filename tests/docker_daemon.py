@@ -15,18 +15,23 @@ TUNESMITH_REQUIRE_DOCKER is set. TUNESMITH_TEST_CACHE names the folder where the
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+ROOT = Path(__file__).resolve().parent.parent
 BUSYBOX = "tunesmith-test/busybox:1"
 PYTHON = "tunesmith-test/python:1"
 PYTHON_TAR = "python-root-2.tar"
@@ -193,6 +198,35 @@ def python_tar() -> Path:
                 _run("tar", "-C", Path(folder) / "root", "-cf", made, ".")
                 made.replace(tar)
     return tar
+
+
+def python_version_in(host: str, image: str) -> str:
+    """`3.11` of an image of this daemon."""
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    run = ["docker", "-H", host, "run", "--rm", "--network=host", image, "python3", "-c", code]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def wheels_for(python_version: str, *extras: str) -> Path:
+    """Wheels of the base install, and of extras, for an image's Python, kept between test runs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(n for e in extras for n in project["optional-dependencies"][e])]
+    key = json.dumps([wanted, (ROOT / "constraints.txt").read_text(), python_version])
+    folder = cache_folder() / f"wheels-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    other = python_version != f"{sys.version_info.major}.{sys.version_info.minor}"
+    target = ["--python-version", python_version, "--platform", "manylinux_2_28_x86_64"] if other else []
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            subprocess.run(
+                [
+                    sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", *target,
+                    "-c", ROOT / "constraints.txt", "-d", partial, *wanted,
+                ],
+                check=True,
+            )  # fmt: skip
+            partial.rename(folder)
+    return folder
 
 
 def _make_python_root(folder: Path) -> None:

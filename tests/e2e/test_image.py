@@ -6,17 +6,14 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
-from tests.conftest import ROOT, Cli
-from tests.docker_daemon import cache_folder
+from tests.conftest import Cli
+from tests.docker_daemon import python_version_in, wheels_for
 from tests.image_registry import registry
 from tunesmith.image.bases import own_base
 from tunesmith.image.docker import failure
@@ -56,32 +53,13 @@ def daemon(docker_host: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def python_version(daemon: dict[str, str], python_image: str) -> str:
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    return docker("run", "--rm", "--network=host", python_image, "python3", "-c", code)
+def python_version(docker_host: str, python_image: str) -> str:
+    return python_version_in(docker_host, python_image)
 
 
 @pytest.fixture(scope="module")
 def wheelhouse(python_version: str) -> Path:
-    """Wheels of the base install for the image's Python, kept between test runs."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    pins = (ROOT / "constraints.txt").read_text()
-    key = hashlib.sha256(json.dumps([wanted, pins, python_version]).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"wheels-{key}"
-    other = python_version != f"{sys.version_info.major}.{sys.version_info.minor}"
-    target = ["--python-version", python_version, "--platform", "manylinux_2_28_x86_64"] if other else []
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            partial = folder.with_suffix(".partial")
-            subprocess.run(
-                [
-                    sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", *target,
-                    "-c", ROOT / "constraints.txt", "-d", partial, *wanted,
-                ],
-                check=True,
-            )  # fmt: skip
-            partial.rename(folder)
-    return folder
+    return wheels_for(python_version)
 
 
 @pytest.fixture(scope="module")
