@@ -54,7 +54,7 @@ NO_NETWORK = (
 )
 PACKAGE_TOOLS = (
     r"^(?:apt|apt-get|apt-cache|dnf|yum|microdnf)\b|^ip route get\b|"
-    r"^(?:curl|wget|ping)\b.*(?:nvidia\.github\.io|download\.docker\.com|ubuntu\.com|debian\.org|centos\.org)"
+    r"^(?:curl|wget|ping)\b.*(?:nvidia\.github\.io|download\.docker\.com|/debian|/ubuntu|/centos)"
 )
 XET_HOST = r"cas-server\.xethub\.hf\.co"
 

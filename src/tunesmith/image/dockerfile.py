@@ -32,7 +32,8 @@ SERVE_PORT = 8000
 LABEL = "org.tunesmith"
 # What nvidia/cuda images lack: Python, and the compiler and headers that Triton needs at run time.
 CUDA_PACKAGES = ("gcc", "libc6-dev", "python3", "python3-dev", "python3-venv")
-UBUNTU_AND_DEBIAN = r"https?://(deb\.debian\.org|security\.debian\.org|(archive|security)\.ubuntu\.com)"
+# An archive's address in a sources file; what follows the host, such as /ubuntu, is the same on a mirror.
+ARCHIVE = r"https?://[^/ ]+/(debian-security|debian|ubuntu-ports|ubuntu)(/| |$)"
 READY = (
     "import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', {port}, timeout=4); "
     "c.request('GET', '/ready'); sys.exit(c.getresponse().status != 200)"
@@ -174,7 +175,7 @@ def _base_stage(spec: ImageSpec) -> str:
 def _apt(mirror: str | None, packages: Sequence[str]) -> list[str]:
     lines = []
     if mirror:
-        change = f"s#{UBUNTU_AND_DEBIAN}#{mirror.rstrip('/')}#g"
+        change = f"s#{ARCHIVE}#{mirror.rstrip('/')}/\\1\\2#g"
         files = ["/etc/apt/sources.list", "/etc/apt/sources.list.d"]
         # Only one of the two is there: Debian's images have no sources.list.
         lines.append(f"RUN sed -i -E {quote(change)} $(find {' '.join(files)} -type f 2>/dev/null)")

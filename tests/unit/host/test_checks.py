@@ -281,7 +281,7 @@ def judge(ident: str, commands: dict[str, Answer], files: dict[str, str] | None 
         ("ownership", "ok", {"find WORK -maxdepth 2 -uid 0 -print -quit": Answer(0, "WORK/runs\n"), "id -u": Answer(0, "0\n")}),
         ("selinux", "ok", {"getenforce": Answer(0, "Permissive\n"), "docker run x": Answer(1, "", "Failed to initialize NVML: Insufficient Permissions")}),
         ("selinux", "warn", {"getenforce": Answer(0, "Enforcing\n"), "nvidia-smi": Answer(4, "Failed to initialize NVML: Insufficient Permissions")}),
-        ("package-sources", "fail", {"apt-get update": Answer(100, "", "E: Could not connect to archive.ubuntu.com:80, connection timed out. Network is unreachable")}),
+        ("package-sources", "fail", {"apt-get update": Answer(100, "", "E: Could not connect to your.mirror:80, connection timed out. Network is unreachable")}),
         ("package-sources", "fail", {"dnf makecache": Answer(1, "", "Could not resolve host: mirrorlist.centos.org")}),
         ("package-sources", "fail", {"ip route": Answer(0, "")}),
         ("package-sources", "fail", {"ip route show default": Answer(0, "")}),

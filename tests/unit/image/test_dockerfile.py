@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +143,27 @@ def test_apt_packages_and_mirror() -> None:
     assert "sed" in change and "http://your.mirror" in change
     assert "install" in install and install.count(" git ") == 1
     assert "apt-get" not in render(spec())
+
+
+def test_the_mirror_takes_the_place_of_the_archives_alone(tmp_path: Path) -> None:
+    """The very sed of the Dockerfile, on sources as Debian and Ubuntu images have them."""
+    text = render(spec(apt_packages=("git",), apt_mirror="https://your.mirror/"))
+    change = next(line for line in stage(text, "base") if line.startswith("RUN sed"))
+    expression = shlex.split(change)[4]
+    sources = tmp_path / "sources.list"
+    sources.write_text(
+        "deb http://some.archive/ubuntu/ noble main\n"
+        "deb http://other.archive/debian-security bookworm-security main\n"
+        "URIs: http://some.archive/debian\n"
+        "deb https://developer.example/compute/cuda/repos/ubuntu2404/x86_64 /\n"
+    )
+    subprocess.run(["sed", "-i", "-E", expression, sources], check=True)
+    assert sources.read_text() == (
+        "deb https://your.mirror/ubuntu/ noble main\n"
+        "deb https://your.mirror/debian-security bookworm-security main\n"
+        "URIs: https://your.mirror/debian\n"
+        "deb https://developer.example/compute/cuda/repos/ubuntu2404/x86_64 /\n"
+    )
 
 
 def test_nvidia_cuda_images_get_python_and_a_compiler() -> None:
