@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.docker_daemon import busybox_image, docker_host, python_image, use_docker
+from tests.ssh_server import ssh_server
 
-__all__ = ["busybox_image", "docker_host", "python_image", "use_docker"]
+__all__ = ["busybox_image", "docker_host", "python_image", "ssh_server", "use_docker"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

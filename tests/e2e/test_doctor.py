@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Cli
-from tests.ssh_server import ssh_server
-
-__all__ = ["ssh_server"]
 
 FACTS = ROOT / "tests" / "facts"
 KEYS = ["id", "title", "status", "found", "why", "fix"]

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -247,43 +246,10 @@ def test_from_a_bundle_with_the_network_cut(root: Path, tmp_path: Path) -> None:
         remove_root(bare)
 
 
-@pytest.fixture
-def sshd(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A real ssh server on a port of its own; yields its target and the private key for it."""
-    server = shutil.which("sshd", path="/usr/sbin:/usr/bin")
-    if server is None or os.geteuid() != 0:
-        pytest.skip("sshd is not installed" if server is None else "sshd needs root")
-    for name in ("host", "user"):
-        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    Path("/run/sshd").mkdir(exist_ok=True)
-    (tmp_path / "config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\n"
-        f"PidFile {tmp_path}/pid\nStrictModes no\nPermitRootLogin yes\nUsePAM no\n"
-        "Subsystem sftp internal-sftp\n"
-    )
-    server_process = subprocess.Popen(
-        [server, "-D", "-e", "-f", str(tmp_path / "config")], stderr=subprocess.PIPE
-    )
-    try:
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield f"root@127.0.0.1:{port}", tmp_path / "user"
-    finally:
-        server_process.terminate()
-        server_process.wait(10)
-
-
 def test_over_ssh_the_plan_is_that_of_the_host_itself(
-    cli: Cli, sshd: tuple[str, Path], tmp_path: Path
+    cli: Cli, ssh_server: tuple[str, Path], tmp_path: Path
 ) -> None:
-    target, key = sshd
+    target, key = ssh_server
     home = {"HOME": str(tmp_path), "SSH_AUTH_SOCK": ""}
     options = ("--user", "ada", "--no-toolkit", "--dry-run", "--json")
     remote = cli("setup", "--target", target, "--ssh-key", key, *options, env=home)

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from tunesmith.cli.main import print_json
-from tunesmith.cli.setup import show_outcome, show_plans
+from tunesmith.cli.setup import confirm, show_outcome, show_plans
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.units import bytes_text
 
@@ -175,7 +175,7 @@ def _set_up(bundle: Path, *, yes: bool, to_stderr: bool) -> None:
         Where(),
         SetupOptions(bundle=bundle),
         show=lambda found: show_plans(found, None, to_stderr=to_stderr),
-        confirm=lambda: yes or typer.confirm("Apply this plan?", err=True),
+        confirm=lambda: yes or confirm(),
     )
     for host in hosts:
         show_outcome(host, to_stderr=to_stderr)

@@ -104,7 +104,7 @@ def setup(
         options,
         # With --json stdout is for the one object at the end.
         show=lambda found: show_plans(found, script, to_stderr=json),
-        confirm=lambda: yes or _confirm(),
+        confirm=lambda: yes or confirm(),
         dry_run=dry_run,
         script=script,
         sudo_password=password,
@@ -119,7 +119,7 @@ def setup(
         raise typer.Exit(1)
 
 
-def _confirm() -> bool:
+def confirm() -> bool:
     if not sys.stdin.isatty():
         raise UserError(
             "there is no terminal to ask on, so nothing was changed",

@@ -14,6 +14,9 @@ from typing import Any
 
 import filelock
 
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.units import bytes_text
+
 
 def cache_dir() -> Path:
     """The folder for models, tokenised data and downloads: $TUNESMITH_CACHE, else ~/.cache/tunesmith."""
@@ -83,6 +86,16 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def need_disk(folder: Path, need_bytes: int, *, what: str, hint: str, spare_bytes: int = 0) -> None:
+    """Raise TunesmithError unless the disk of `folder` has room for `what` and then `spare_bytes` left."""
+    free = free_bytes(folder)
+    if free < need_bytes + spare_bytes:
+        raise TunesmithError(
+            f"{what} needs {bytes_text(need_bytes)} of disk, but {folder} has {bytes_text(free)} free",
+            hint=hint,
+        )
 
 
 @contextmanager

@@ -27,8 +27,7 @@ def run(
     Raises UserError when the program is not installed, TunesmithError when it fails (with the last
     lines of its error output) or takes longer than `timeout_s`.
     """
-    if shutil.which(args[0]) is None:
-        raise UserError(f"the program '{args[0]}' is not on this machine", hint=f"install {args[0]}")
+    _check_installed(args[0])
     try:
         done = subprocess.run(
             list(args),
@@ -60,8 +59,7 @@ def show(
     Its output goes to stderr unless `to_stdout`: stdout belongs to `--json`. Raises UserError when the
     program is not installed.
     """
-    if shutil.which(args[0]) is None:
-        raise UserError(f"the program '{args[0]}' is not on this machine", hint=f"install {args[0]}")
+    _check_installed(args[0])
     return subprocess.run(list(args), cwd=cwd, env=env, stdout=None if to_stdout else sys.stderr).returncode
 
 
@@ -85,3 +83,8 @@ def stop(process: Process, *, grace_s: float = 20.0) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
     return process.wait()
+
+
+def _check_installed(program: str) -> None:
+    if shutil.which(program) is None:
+        raise UserError(f"the program '{program}' is not on this machine", hint=f"install {program}")

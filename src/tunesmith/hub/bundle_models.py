@@ -21,7 +21,7 @@ from tunesmith.core.paths import locked, new_folder
 from tunesmith.core.progress import Meter
 from tunesmith.hub.bundle_files import Count, is_put, no_count, put
 from tunesmith.hub.bundle_manifest import Item, Manifest, safe
-from tunesmith.hub.bundle_store import Store, need_disk
+from tunesmith.hub.bundle_store import Store, check_disk
 from tunesmith.hub.cache import RepoCache
 from tunesmith.hub.made import models_dir
 
@@ -86,7 +86,7 @@ def collect(store: Store, wanted: Collected) -> Item:
     known = store.keep(wanted.part, wanted.name, request)
     if known is not None:
         return known
-    need_disk(store.bundle, wanted.num_bytes, what=f"{wanted.part} {wanted.name}")
+    check_disk(store.bundle, wanted.num_bytes, what=f"{wanted.part} {wanted.name}")
     staging = store.staging(wanted.part, wanted.name)
     with Meter(f"copy {wanted.name}", total=wanted.num_bytes) as meter:
         for name, source in wanted.sources.items():

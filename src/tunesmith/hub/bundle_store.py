@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import __version__
-from tunesmith.core.errors import TunesmithError, UserError
-from tunesmith.core.paths import free_bytes, sha256_json, sync_dir, write_text
+from tunesmith.core.errors import UserError
+from tunesmith.core.paths import need_disk, sha256_json, sync_dir, write_text
 from tunesmith.core.progress import Meter, say
 from tunesmith.core.units import bytes_text
 from tunesmith.hub.bundle_files import PARTIAL, hash_file, is_put, split
@@ -150,11 +150,6 @@ class Store:
         sync_dir(self.bundle)
 
 
-def need_disk(folder: Path, need_bytes: int, *, what: str) -> None:
+def check_disk(folder: Path, need_bytes: int, *, what: str) -> None:
     """Raise TunesmithError unless the disk of `folder` has `need_bytes` free."""
-    free = free_bytes(folder)
-    if free < need_bytes:
-        raise TunesmithError(
-            f"{what} needs {bytes_text(need_bytes)} of disk, but {folder} has {bytes_text(free)} free",
-            hint="free space, or take a folder on another disk",
-        )
+    need_disk(folder, need_bytes, what=what, hint="free space, or take a folder on another disk")

@@ -6,10 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tunesmith.core.errors import TunesmithError
-from tunesmith.core.paths import cache_dir, free_bytes, locked, new_folder
+from tunesmith.core.paths import cache_dir, locked, need_disk, new_folder
 from tunesmith.core.run_folder import read_manifest, write_manifest
-from tunesmith.core.units import bytes_text
 
 
 def models_dir() -> Path:
@@ -48,13 +46,13 @@ def is_whole(folder: Path) -> bool:
 
 
 def check_disk(folder: Path, need_bytes: int, *, what: str) -> None:
-    """Raise TunesmithError unless the disk of `folder` (which exists) has `need_bytes` free."""
-    free = free_bytes(folder)
-    if free < need_bytes:
-        raise TunesmithError(
-            f"{what} needs {bytes_text(need_bytes)} of disk, but {folder} has {bytes_text(free)} free",
-            hint="free space, or set $TUNESMITH_CACHE to a folder on another disk",
-        )
+    """Raise TunesmithError unless the disk of `folder` has `need_bytes` free."""
+    need_disk(
+        folder,
+        need_bytes,
+        what=what,
+        hint="free space, or set $TUNESMITH_CACHE to a folder on another disk",
+    )
 
 
 def _remove_leftovers(target: Path) -> None:

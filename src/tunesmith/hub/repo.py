@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tunesmith.core.errors import TunesmithError, UserError
+from tunesmith.core.errors import UserError
 from tunesmith.core.hub_cache import COMMIT, hub_cache
 from tunesmith.core.net import Http, NetError
-from tunesmith.core.paths import free_bytes, locked
+from tunesmith.core.paths import locked, need_disk
 from tunesmith.core.progress import say
-from tunesmith.core.units import bytes_text
 from tunesmith.hub.cache import PART, RepoCache, content_fault, repo_cache
 from tunesmith.hub.endpoint import Endpoint
 from tunesmith.hub.listing import (
@@ -305,13 +304,13 @@ def _distinct(files: Sequence[RemoteFile]) -> list[RemoteFile]:
 
 
 def _check_disk(wish: Wish, plan: Plan) -> None:
-    folder = hub_cache()
-    free = free_bytes(folder)
-    if plan.missing and free < plan.missing_bytes + SPARE_BYTES:
-        raise TunesmithError(
-            f"{wish.name} needs {bytes_text(plan.missing_bytes)} of disk, but {folder} has "
-            f"{bytes_text(free)} free",
+    if plan.missing:
+        need_disk(
+            hub_cache(),
+            plan.missing_bytes,
+            what=wish.name,
             hint="free space, or set $HF_HOME to a folder on another disk",
+            spare_bytes=SPARE_BYTES,
         )
 
 

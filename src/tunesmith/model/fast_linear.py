@@ -41,8 +41,10 @@ def use_blocks(model: nn.Module) -> None:
     Layers whose outputs no block divides stay as they are. For models that are not trained any more.
     """
     for part in cast(Any, model).modules():
-        block = next((b for b in BLOCKS if _is_plain(part) and part.out_features % b == 0), None)
-        if block is not None and part.weight.is_contiguous():
+        if not _is_plain(part) or not part.weight.is_contiguous():
+            continue
+        block = next((b for b in BLOCKS if part.out_features % b == 0), None)
+        if block is not None:
             part.__class__ = BlockedLinear
             part.block = block
 

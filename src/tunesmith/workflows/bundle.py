@@ -28,7 +28,7 @@ from tunesmith.hub.bundle_environment import CONSTRAINTS, DEPENDENCIES
 from tunesmith.hub.bundle_files import Fault, find_faults
 from tunesmith.hub.bundle_manifest import Item, Manifest, open_manifest
 from tunesmith.hub.bundle_models import Collected, collect, files_below
-from tunesmith.hub.bundle_store import Store, need_disk
+from tunesmith.hub.bundle_store import Store, check_disk
 from tunesmith.workflows.bundle_images import collect_image
 from tunesmith.workflows.bundle_recipe import collect_data, collect_model, collect_recipe
 
@@ -140,10 +140,15 @@ def _parts(options: CreateOptions) -> set[str]:
         return (
             found | ({"packages"} if options.distros else set()) | ({"images"} if options.images else set())
         )
-    unknown = [part for part in options.parts if part not in PARTS]
-    if unknown:
-        raise UserError(f"--parts: '{unknown[0]}' is no part", hint=f"the parts are {', '.join(PARTS)}")
-    return set(options.parts)
+    return known_parts(options.parts)
+
+
+def known_parts(parts: Iterable[str]) -> set[str]:
+    """The parts that a user names. Raises UserError for one that there is not."""
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--parts: '{part}' is no part", hint=f"the parts are {', '.join(PARTS)}")
+    return set(parts)
 
 
 def _check(options: CreateOptions, parts: set[str]) -> None:
@@ -177,7 +182,7 @@ def _packages(store: Store, label: str, options: CreateOptions) -> Item:
     request = {"distro": label, "packages": names, "mirror": options.mirror}
 
     def fill(folder: Path) -> None:
-        need_disk(store.bundle, host_collect.NEED_BYTES, what=f"packages {label}")
+        check_disk(store.bundle, host_collect.NEED_BYTES, what=f"packages {label}")
         # apt's root lies outside of what becomes part of the bundle: it keeps half downloaded packages.
         scratch = store.staging("apt", label)
         host_collect.collect_packages(distro, scratch, folder, gpu=options.gpu, mirror=options.mirror)
@@ -199,7 +204,7 @@ def _wheels(store: Store, options: CreateOptions) -> None:
     }
 
     def fill(folder: Path) -> None:
-        need_disk(store.bundle, wheels.NEED_BYTES, what="the wheels")
+        check_disk(store.bundle, wheels.NEED_BYTES, what="the wheels")
         write_text(folder / CONSTRAINTS, pins)
         wheel = store.bundle / own.paths[0]
         wheels.download_wheels(wheel, options.extras, target, folder / CONSTRAINTS, folder)

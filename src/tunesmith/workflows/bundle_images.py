@@ -10,7 +10,7 @@ from pathlib import Path
 from tunesmith.core.progress import say
 from tunesmith.hub.bundle_files import read_entry
 from tunesmith.hub.bundle_manifest import Item, Manifest
-from tunesmith.hub.bundle_store import Store, need_disk, slug
+from tunesmith.hub.bundle_store import Store, check_disk, slug
 from tunesmith.image.docker import check_reference, docker, find_image, inspect_image
 
 
@@ -21,7 +21,7 @@ def collect_image(store: Store, tag: str) -> Item:
     known = store.keep("images", tag, request)
     if known is not None:
         return known
-    need_disk(store.bundle, int(image["Size"]), what=f"image {tag}")
+    check_disk(store.bundle, int(image["Size"]), what=f"image {tag}")
     say(f"save image {tag}")
     folder = store.staging("images", tag)
     docker("save", "--output", str(folder / f"{slug(tag)}.tar"), tag, timeout_s=None)

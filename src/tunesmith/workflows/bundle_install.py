@@ -16,8 +16,8 @@ from tunesmith.host.collect import this_distro
 from tunesmith.hub.bundle_environment import environment_is_whole, make_environment
 from tunesmith.hub.bundle_manifest import Item, Manifest, open_manifest
 from tunesmith.hub.bundle_models import conflicts, is_placed, place, place_of
-from tunesmith.hub.bundle_store import need_disk
-from tunesmith.workflows.bundle import PARTS, verify
+from tunesmith.hub.bundle_store import check_disk
+from tunesmith.workflows.bundle import PARTS, known_parts, verify
 from tunesmith.workflows.bundle_images import is_loaded, load_image
 
 FAULTS_SHOWN = 20
@@ -124,14 +124,13 @@ def _parts(manifest: Manifest, options: InstallOptions) -> set[str]:
     there = {item.part for item in manifest.items} & set(PARTS)
     if options.parts is None:
         return there
+    wanted = known_parts(options.parts)
     for part in options.parts:
-        if part not in PARTS:
-            raise UserError(f"--parts: '{part}' is no part", hint=f"the parts are {', '.join(PARTS)}")
         if part not in there:
             raise UserError(
                 f"--parts {part}: the bundle does not hold it", hint=f"it holds {', '.join(sorted(there))}"
             )
-    return set(options.parts)
+    return wanted
 
 
 def _jobs(
@@ -207,7 +206,7 @@ def _check(manifest: Manifest, parts: set[str], project: Path, steps: list[Step]
         if step.state == "to do" and step.part != "images":
             need[_mount(Path(step.place))] += step.bytes
     for folder, num_bytes in need.items():
-        need_disk(folder, num_bytes, what="the bundle")
+        check_disk(folder, num_bytes, what="the bundle")
 
 
 def _mount(path: Path) -> Path:

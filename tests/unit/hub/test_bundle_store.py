@@ -11,7 +11,7 @@ import pytest
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.hub.bundle_files import PARTIAL, find_faults, put, read_entry
 from tunesmith.hub.bundle_manifest import MANIFEST, SUMS, Manifest, open_manifest
-from tunesmith.hub.bundle_store import Store, need_disk, slug
+from tunesmith.hub.bundle_store import Store, check_disk, slug
 
 FILES = {"a.txt": b"first\n", "deep/b.bin": bytes(range(256)), "empty": b""}
 
@@ -167,7 +167,7 @@ def test_put_never_leaves_wrong_bytes_in_place(tmp_path: Path) -> None:
 
 def test_too_small_a_disk_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(TunesmithError, match=r"model x needs 1024\.0 TiB of disk"):
-        need_disk(tmp_path, 1 << 50, what="model x")
+        check_disk(tmp_path, 1 << 50, what="model x")
 
 
 def test_names_become_plain_parts_of_a_path() -> None:

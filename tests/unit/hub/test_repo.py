@@ -312,7 +312,7 @@ def test_repository_without_files(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_disk_is_checked_first(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.hub.repo.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("tunesmith.core.paths.free_bytes", lambda folder: 1000)
     with pytest.raises(TunesmithError, match=r"needs .* of disk, but .* has 1000 B free"):
         fetch(hub)
     assert hub.served == []
