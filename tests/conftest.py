@@ -16,11 +16,28 @@ from tests.ssh_server import ssh_server
 __all__ = ["busybox_image", "docker_host", "python_image", "ssh_server", "use_docker"]
 
 ROOT = Path(__file__).resolve().parent.parent
+# The files that take longest: started first, so that none of them runs alone at the end.
+LONGEST = ("test_airgap", "test_train_kill", "test_image", "test_setup", "test_quickstart", "test_bundle")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 SRC = Path(__file__).resolve().parent.parent / "src" / "tunesmith"
 
-AREAS = ("host", "image", "hub", "data", "plan", "train", "export", "serve")
+AREAS = ("host", "image", "hub", "data", "plan", "train", "export", "serve", "convert")
 BELOW_AREAS = {"core", "recipe", "model"}
 PERMITTED = {
     "core": {"core"},

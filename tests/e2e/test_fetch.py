@@ -273,7 +273,7 @@ def test_killed_at_random_points_until_done(
     snapshot = tmp_path / f"hf/hub/models--owner--tiny/snapshots/{COMMIT}"
     rng, kills, code = random.Random(number), 0, -1
     with serve_hub({NAME: repo}) as hub:
-        hub.faults.append(Fault("slow", path="model-", rate=1_000_000))
+        hub.faults.append(Fault("slow", path="model-", rate=300_000))
         while code != 0:
             code = fetch_and_kill(hub, repo, os.environ | online | {"HF_ENDPOINT": hub.url}, number, rng)
             kills += code != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import Cli
-from tests.e2e.train_helpers import Training, write_recipe, write_rows
+from tests.e2e.train_helpers import Training, cut_back, write_recipe, write_rows
 from tunesmith.core.errors import RunFailed, UserError
 from tunesmith.core.events import read_events
 from tunesmith.core.run_folder import MANIFEST, RunFolder
@@ -22,16 +21,6 @@ from tunesmith.train.metrics import loss_curve
 from tunesmith.workflows.train import plan_recipe, train_recipe
 
 SHORT = {"max_steps": 4, "save_every": 2, "keep_checkpoints": 10}
-
-
-def cut_back(run: RunFolder, *, to_step: int) -> None:
-    """Make a finished run look as if it had been killed after the save of `to_step`."""
-    for folder in run.checkpoints.glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > to_step:
-            (folder / MANIFEST).unlink()
-    lines = run.events.read_text().splitlines()
-    assert json.loads(lines[-1])["event"] == "end"
-    run.events.write_text("\n".join(lines[:-1]) + "\n")
 
 
 def test_the_whole_way_and_its_files(tmp_path: Path, tiny: Path, cli: Cli) -> None:
@@ -164,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path, tiny
     recipe = write_recipe(tmp_path, poisoned(tiny, tmp_path / "model"), train=SHORT)
     with pytest.raises(RunFailed) as stopped:
         train_recipe(recipe, [])
-    assert "step 1: the loss is nan; the step's rows are" in stopped.value.what
+    assert "step 1: the loss is nan; its rows, the worst first: row " in stopped.value.what
     assert stopped.value.exit_code == 4 and "train.lr" in (stopped.value.hint or "")
     warning = next(read_events(tmp_path / "runs" / "run" / "events.jsonl", "warning"))
     assert warning["step"] == 1 and len(warning["rows"]) == 4

@@ -14,6 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from tunesmith.core.events import read_events
+from tunesmith.core.run_folder import MANIFEST, RunFolder
 
 ROWS = 48
 
@@ -63,6 +64,16 @@ def write_recipe(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
     with path.open("w") as file:
         YAML(typ="safe", pure=True).dump(values, file)
     return path
+
+
+def cut_back(run: RunFolder, *, to_step: int) -> None:
+    """Make a finished run look as if it had been killed after the save of `to_step`."""
+    for folder in run.checkpoints.glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > to_step:
+            (folder / MANIFEST).unlink()
+    lines = run.events.read_text().splitlines()
+    assert json.loads(lines[-1])["event"] == "end"
+    run.events.write_text("\n".join(lines[:-1]) + "\n")
 
 
 class Training:

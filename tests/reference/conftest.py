@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,6 +24,7 @@ from tunesmith.core.events import EventLog
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.model import attention
 from tunesmith.model.batch import IGNORE, Batch, join
+from tunesmith.recipe.resolve import Facts, resolve, resolve_steps
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.loop import Task, Trainer
 
@@ -71,6 +73,13 @@ def one_batch(documents: list[Document]) -> Batch:
     return join(documents, tuple(range(len(documents))))
 
 
+def resolved_recipe(**sections: dict[str, Any]) -> Recipe:
+    """A recipe without "auto", for one process on the CPU in fp32; `sections` say what it has of its own."""
+    fixed = {"model": {"path": "unused"}, "data": {"sources": [{"path": "unused"}]}}
+    facts = Facts(context_length=512, device="cpu", threads=1, precision="fp32", serve_precision="fp32")
+    return resolve_steps(resolve(Recipe.model_validate(fixed | sections), facts), total_steps=100)
+
+
 def trainer_in(
     folder: Path,
     model: Any,
@@ -78,18 +87,16 @@ def trainer_in(
     *,
     steps: int,
     train: dict[str, Any] | None = None,
+    method: dict[str, Any] | None = None,
 ) -> Trainer:
     """A Trainer over made-up batches that writes into `folder`."""
     attention.install(model)
     settings = {"lr": 1e-3, "precision": "fp32", "save_every": 1000} | (train or {})
-    recipe = Recipe.model_validate(
-        {
-            "model": {"path": "unused"},
-            "data": {"sources": [{"path": "unused"}]},
-            "train": settings,
-            "eval": {"every": 0},
-            "samples": {"every": 0},
-        }
+    recipe = resolved_recipe(
+        train=settings,
+        method={"type": "lora" if isinstance(model, PeftModel) else "full"} | (method or {}),
+        eval={"every": 0},
+        samples={"every": 0},
     )
     run = RunFolder(folder / "run")
     task = Task(

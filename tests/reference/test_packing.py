@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.reference.conftest import MODELS, make_documents, make_model, one_batch
 from tunesmith.model import attention
 from tunesmith.train.loop import Trainer
+from tunesmith.train.objective import Tally
 
 
 def packed_differences(model: Any, vocabulary: int, count: int) -> list[float]:
@@ -65,8 +66,7 @@ def test_splits_of_a_global_batch_have_the_same_gradients(
         trainer = make_trainer(model, lambda step, batches=batches: batches, steps=1)
         model.train()
         supervised = sum(batch.num_supervised for batch in batches)
-        for micro, batch in enumerate(batches):
-            trainer.backward(batch, micro, supervised)
+        trainer.backward(batches, supervised, Tally(trainer.objective))
         found[size] = {name: p.grad.clone() for name, p in model.named_parameters()}
     for size in (2, 8):
         for name, gradient in found[1].items():

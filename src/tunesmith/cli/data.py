@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def show(
     for row in rows:
         head = f"{row.file}: {row.row} ({row.format}): {row.tokens} tokens, {row.supervised_tokens} learned"
         console.print(Text(f"--- {head}; {row.fate}", style="bold"))
-        console.print(_marked([(s.text, s.supervised) for s in row.spans], colour=console.is_terminal))
+        for part, spans in groupby(row.spans, key=lambda span: span.part):
+            if part:
+                console.print(Text(f"{part}:", style="bold"))
+            console.print(_marked([(s.text, s.supervised) for s in spans], colour=console.is_terminal))
 
 
 def _marked(spans: list[tuple[str, bool]], *, colour: bool) -> Text:

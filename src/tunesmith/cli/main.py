@@ -18,6 +18,7 @@ from typing import Any
 
 from tunesmith import __version__
 from tunesmith.core.errors import Interrupted, MissingExtra, TunesmithError, UserError
+from tunesmith.core.optional import postpone
 
 # name: (module with a typer app named `app`, one line of help)
 COMMANDS = {
@@ -44,6 +45,9 @@ COMMANDS = {
     ),
     "data": ("tunesmith.cli.data", "Show and check the rows of a recipe as the model will see them."),
     "train": ("tunesmith.cli.train", "Train a recipe, or resume its unfinished run."),
+    "import": ("tunesmith.cli.import_", "Turn another tool's training file into a recipe: xtuner 0.1."),
+    "verify": ("tunesmith.cli.verify", "Prove on your own recipe that a killed run goes on exactly."),
+    "bench": ("tunesmith.cli.bench", "Measure training on this machine, beside other tools."),
     "eval": ("tunesmith.cli.evaluate", "Loss, perplexity and exact match of a model or run on a file."),
     "export": ("tunesmith.cli.export", "Turn a run into an adapter folder or a merged model folder."),
     "chat": ("tunesmith.cli.chat", "Talk to a model or run in the terminal."),
@@ -55,6 +59,7 @@ COMMANDS = {
 EXTRA_OF = {
     "torch": "train", "transformers": "train", "peft": "train", "datasets": "train", "safetensors": "train",
     "pyarrow": "train", "numpy": "train", "tokenizers": "train", "tensorboard": "train",
+    "bitsandbytes": "qlora", "deepspeed": "deepspeed", "liger_kernel": "kernels",
     "jupyterlab": "host", "fastapi": "serve", "uvicorn": "serve", "openai": "serve",
 }  # fmt: skip
 
@@ -89,6 +94,8 @@ def print_json(value: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = sys.argv[1:] if argv is None else argv
+    if argv is None:  # this process is the program's own
+        postpone("bitsandbytes")
     try:
         code = dispatch(args)
     except TunesmithError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -16,26 +18,45 @@ app = typer.Typer(add_completion=False)
     "--set name=second | tunesmith train recipe.yaml --dry-run"
 )
 def train(
-    recipe: Path = typer.Argument(metavar="RECIPE", help="The recipe file."),
+    recipe: Path = typer.Argument(metavar="RECIPE", help="The recipe file, or an xtuner 0.1 config (.py)."),
     set_: list[str] | None = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable."
     ),
     fresh: bool = typer.Option(
         False, "--fresh", help="Move an earlier run of this name aside and start anew."
     ),
+    nnodes: int = typer.Option(1, "--nnodes", min=1, help="Machines that train together."),
+    node_rank: int = typer.Option(0, "--node-rank", min=0, help="Number of this machine, from 0."),
+    rendezvous: str | None = typer.Option(
+        None, "--rendezvous", metavar="HOST:PORT", help="Where the machines meet: a free port of machine 0."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Stop after the plan; train nothing."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Train a recipe. The same command resumes a run that was stopped or killed, exactly where it was."""
+    from tunesmith.workflows.import_xtuner import recipe_for
+    from tunesmith.workflows.launch import Cluster, enter_worker, launch, processes_to_start
+
+    enter_worker(os.environ)
+    recipe = recipe_for(recipe)
+    cluster, overrides = Cluster(nnodes, node_rank, rendezvous), set_ or []
+    processes = 0 if dry_run else processes_to_start(recipe, overrides, cluster)
+    if processes:
+        outcome = launch(recipe, overrides, fresh=fresh, processes=processes, cluster=cluster)
+        _print(outcome.value, json)
+        raise typer.Exit(outcome.code)
     from tunesmith.workflows.train import plan_recipe, train_recipe
 
     if dry_run:
-        plan = plan_recipe(recipe, set_ or [])
+        plan = plan_recipe(recipe, overrides)
         if json:
             print_json(plan)
         return
-    result = train_recipe(recipe, set_ or [], fresh=fresh)
-    if json:
-        print_json(result.as_dict())
-    else:
-        print(result.run.path)
+    _print(train_recipe(recipe, overrides, fresh=fresh).as_dict(), json)
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    elif "run" in result:
+        print(result["run"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -102,11 +104,15 @@ def need_disk(folder: Path, need_bytes: int, *, what: str, hint: str, spare_byte
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`; on success it is synced and renamed to `target`.
 
-    An existing `target` is replaced only then. After an error nothing is left of the new folder.
+    An existing `target` is replaced only then. After an error nothing is left of the new folder; what a
+    killed process left of its own is removed by the next.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_dead(target)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
     os.chmod(temporary, 0o755)
+    handle = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # ends with the process: so others see that it lives
     try:
         yield temporary
         sync_tree(temporary)
@@ -117,6 +123,24 @@ def new_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _clear_dead(target: Path) -> None:
+    """Remove the half-written folders of `target` whose processes have ended."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        try:
+            handle = os.open(left, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(handle)
 
 
 @contextmanager

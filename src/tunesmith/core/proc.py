@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from tunesmith.core.errors import TunesmithError, UserError
 
@@ -72,6 +73,13 @@ def start(
         return subprocess.Popen(
             list(args), cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
         )
+
+
+def spawn(
+    args: Sequence[str], *, out: IO[bytes], errors: IO[bytes] | None, env: Mapping[str, str]
+) -> Process:
+    """Start a program that writes into open files; its errors on this terminal without `errors`."""
+    return subprocess.Popen(list(args), env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
 
 
 def stop(process: Process, *, grace_s: float = 20.0) -> int:

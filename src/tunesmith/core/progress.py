@@ -48,7 +48,7 @@ class Meter:
         """Count `amount` more as done; `note` stands behind the bar."""
         self.done += amount
         self._bar.update(self._task, advance=amount, note=note)
-        if not self._live and time.monotonic() - self._last_line >= LOG_EVERY_S:
+        if not self._live and not console.quiet and time.monotonic() - self._last_line >= LOG_EVERY_S:
             self._last_line = time.monotonic()
             of = f"/{self.total:g}" if self.total else ""
             print(f"{self.label} {self.done:g}{of} {note}".rstrip(), file=sys.stderr, flush=True)

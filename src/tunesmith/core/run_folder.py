@@ -15,6 +15,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.core.paths import sha256_file, write_json
 
 MANIFEST = "manifest.json"
+STATE = "state.json"  # of a checkpoint: counters, and times that no two runs share
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,30 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def manifest_holds(folder: Path) -> bool:
     """True when every file that the manifest names is there, with its size and its hash."""
+    return manifest_fault(folder) is None
+
+
+def manifest_fault(folder: Path) -> str | None:
+    """What is wrong with a folder, by its manifest; None for a whole and unharmed one."""
     manifest = read_manifest(folder)
-    if manifest is None or not isinstance(manifest.get("files"), dict):
-        return False
-    for name, entry in manifest["files"].items():
+    files = manifest.get("files") if manifest else None
+    if not isinstance(files, dict):
+        return f"{MANIFEST} is {'damaged' if (folder / MANIFEST).exists() else 'missing'}"
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            return f"{MANIFEST} is damaged"
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return False
-    return all(sha256_file(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+    # Hashes last: a missing file is then seen without reading gigabytes.
+    found = (_hash_fault(folder, name, entry["sha256"]) for name, entry in files.items())
+    return next((fault for fault in found if fault), None)
+
+
+def _hash_fault(folder: Path, name: str, sha256: str) -> str | None:
+    try:
+        return None if sha256_file(folder / name) == sha256 else f"{name} is not as it was written (its hash)"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -228,8 +228,17 @@ def eval_batches(store: TokenStore, *, max_tokens: int, max_rows: int | None = N
     With `max_rows`, the same rows every time. An empty store gives no batches.
     """
     rows = shuffled(len(store), EVAL)[:max_rows] if max_rows is not None else np.arange(len(store))
+    return list(_sorted(store, rows, max_tokens))
+
+
+def sweep(store: TokenStore, *, max_tokens: int) -> Iterator[Batch]:
+    """Every row once, in flat batches of at most `max_tokens` tokens; a longer row stands alone."""
+    return _sorted(store, np.arange(len(store)), max_tokens)
+
+
+def _sorted(store: TokenStore, rows: Indices, max_tokens: int) -> Iterator[Batch]:
     ordered = rows[np.argsort(store.lengths[rows], kind="stable")]
-    return [_joined(store, group) for group in _grouped(ordered, store.lengths, max_tokens)]
+    return (_joined(store, group) for group in _grouped(ordered, store.lengths, max_tokens))
 
 
 def _grouped(rows: Indices, lengths: NDArray[np.int32], max_tokens: int) -> list[list[int]]:
@@ -246,4 +255,6 @@ def _grouped(rows: Indices, lengths: NDArray[np.int32], max_tokens: int) -> list
 
 
 def _joined(store: TokenStore, rows: Sequence[int]) -> Batch:
-    return join([store[row] for row in rows], tuple(store.row(row) for row in rows))
+    branches = np.stack([store.branches_of(row) for row in rows])
+    documents, numbers = [store[row] for row in rows], tuple(store.row(row) for row in rows)
+    return join(documents, numbers, branches if branches.any() else None)

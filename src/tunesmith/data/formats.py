@@ -9,23 +9,41 @@
     prompt_completion  prompt* completion* system tools           texts (user and assistant), or two lists of
                                                                   messages, of which the second is learned
     text               text*                                      plain text: no template, all of it learned
+    preference         chosen* rejected* and one of prompt,       two answers (texts, messages, or lists of
+                       conversations, messages, instruction;      them) to one prompt; without a prompt, two
+                       system tools input history                 whole conversations with a common beginning
+    turns              conversation*                              xtuner's: turns with input and output
+    guanaco            text*                                      `### Human: …### Assistant: …`
+    moss               chat* meta_instruction                     MOSS-003's turns with thoughts and tools
 
 `answer` is an assistant's message that follows the conversation, such as the chosen one of preference data;
-it is used only if the recipe maps it. Lists in a text cell (csv) are read as JSON.
+it is used only if the recipe maps it. Lists and messages in a text cell (csv) are read as JSON.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from tunesmith.core.errors import UserError
-from tunesmith.model.messages import Message, plain_messages, plain_tools
+from tunesmith.data import dialects
+from tunesmith.data.dialogue import (
+    Cells,
+    Dialogue,
+    RowError,
+    dialogue,
+    exchange,
+    history,
+    instruction,
+    spelled,
+    turns,
+)
+from tunesmith.data.preference import preference
 from tunesmith.recipe.schema import Format
+
+NO_OUTPUT = "<nooutput>"  # how the Alpaca data set marks an answer that is missing
 
 NEEDED: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -33,6 +51,10 @@ NEEDED: dict[Format, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "turns": ("conversation",),
+    "moss": ("chat",),
+    "guanaco": ("text",),
 }
 OPTIONAL: dict[Format, tuple[str, ...]] = {
     "messages": ("system", "tools", "answer"),
@@ -40,59 +62,13 @@ OPTIONAL: dict[Format, tuple[str, ...]] = {
     "alpaca": ("input", "system", "history"),
     "prompt_completion": ("system", "tools"),
     "text": (),
-}
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "function_call": "function_call",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-    "function": "tool",
-    "developer": "system",
-}
-
-
-class RowError(Exception):
-    """What is wrong with a row."""
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """One row: messages (and tools), or plain text."""
-
-    messages: list[Message] = field(default_factory=list)
-    tools: list[dict[str, Any]] | None = None
-    text: str | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is asked, or nothing answered."""
-        if self.text is not None:
-            return not self.text.strip()
-        answers = [m for m in self.messages if m["role"] == "assistant"]
-        asked = any(m["content"].strip() for m in self.messages if m["role"] != "assistant")
-        answered = any(m["content"].strip() or m.get("tool_calls") for m in answers)
-        return not asked or (bool(answers) and not answered)
-
-    def digest(self) -> bytes:
-        """SHA-256 of the content: the same for the same conversation in another file or format."""
-        value = self.text if self.text is not None else [self.messages, self.tools]
-        try:
-            return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).digest()
-        except UnicodeEncodeError:
-            raise RowError("holds half of a surrogate pair, which is no text") from None
-
-    def with_system(self, system: str | None) -> Dialogue:
-        """The same with a system message, unless it has one."""
-        if system is None or self.text is not None or self.messages[0]["role"] == "system":
-            return self
-        return Dialogue([{"role": "system", "content": system}, *self.messages], self.tools)
+    "preference": (
+        "prompt", "conversations", "messages", "instruction", "input", "history", "system", "tools",
+    ),
+    "turns": (),
+    "moss": ("meta_instruction",),
+    "guanaco": (),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,27 +83,35 @@ class RowShape:
         if not isinstance(row, dict):
             raise RowError(f"a {type(row).__name__}, not an object with columns")
         try:
-            return PARSERS[self.format](_Cells(row, self.columns))
+            return PARSERS[self.format](Cells(row, self.columns))
         except UserError as error:
             raise RowError(error.what) from None
 
 
 def shape_of(
-    columns: Iterable[str], wanted: str, mapping: dict[str, str], *, file: str, place: str
+    columns: Iterable[str],
+    wanted: str,
+    mapping: dict[str, str],
+    *,
+    file: str,
+    place: str,
+    pairs: bool = False,
 ) -> RowShape:
     """The shape of a file with these columns. `wanted` is a format or auto; `place` the source's key.
 
-    Raises UserError for a mapping or a format that the columns do not fit.
+    pairs: whether rows with two answers are wanted, or rows with one. Raises UserError for the other kind,
+    and for a mapping or a format that the columns do not fit.
     """
     present = list(dict.fromkeys(columns))
     _check_mapping(present, wanted, mapping, file, place)
     ours = [*mapping, *(name for name in present if name not in mapping)]
-    if {"chosen", "rejected"} <= set(present) and "answer" not in mapping:
-        raise UserError(
-            f"{file}: the columns 'chosen' and 'rejected' make this preference data: "
-            "fine-tuning needs one answer",
-            hint=f"to learn the chosen answers, set {place}.columns to {{answer: chosen}}",
-        )
+    has_pairs = {"chosen", "rejected"} <= set(ours) and "answer" not in mapping
+    if pairs:
+        if not has_pairs or wanted not in ("auto", "preference"):
+            raise no_pairs(file, f"its columns are {_names(present)}", place, wanted)
+        return RowShape("preference", mapping)
+    if has_pairs or wanted == "preference":
+        raise only_pairs(file, place)
     if wanted != "auto":
         return _wanted_shape(wanted, ours, mapping, file, present)
     fitting = [name for name, needed in NEEDED.items() if set(needed) <= set(ours)]
@@ -138,6 +122,26 @@ def shape_of(
             f"output: reply}}; the first line of a csv file must name its columns",
         )
     return RowShape(fitting[0], mapping)
+
+
+def only_pairs(file: str, place: str) -> UserError:
+    """The error for preference data where one answer is to be learned."""
+    return UserError(
+        f"{file}: the columns 'chosen' and 'rejected' make this preference data: "
+        "fine-tuning needs one answer",
+        hint="set objective.type to dpo, orpo or kto to learn the preference; to learn the chosen answers "
+        f"alone, set {place}.columns to {{answer: chosen}}",
+    )
+
+
+def no_pairs(file: str, found: str, place: str, wanted: str = "auto") -> UserError:
+    """The error for other data where preferences are to be learned."""
+    given = "" if wanted in ("auto", "preference") else f" read as '{wanted}'"
+    return UserError(
+        f"{file}:{given} preferences are learned from rows with a chosen and a rejected answer; {found}",
+        hint=f"set {place}.format to auto, and name the columns in {place}.columns, such as "
+        "{chosen: better, rejected: worse}; or set objective.type to sft",
+    )
 
 
 def _wanted_shape(
@@ -179,165 +183,49 @@ def _names(names: list[str]) -> str:
     return ", ".join(shown) + (" ..." if len(names) > 12 else "")
 
 
-class _Cells:
-    """The cells of a row by our names."""
-
-    def __init__(self, row: dict[str, Any], columns: dict[str, str]) -> None:
-        self._row, self._columns = row, columns
-
-    def get(self, name: str) -> Any:
-        return self._row.get(self._columns.get(name, name))
-
-    def mapped(self, name: str) -> Any:
-        return self.get(name) if name in self._columns else None
-
-    def needed(self, name: str) -> Any:
-        theirs = self._columns.get(name, name)
-        if theirs not in self._row:
-            raise RowError(f"has no '{theirs}'")
-        return self._row[theirs]
-
-    def text(self, name: str) -> str:
-        return _text(self.needed(name), self._columns.get(name, name))
-
-    def optional_text(self, name: str) -> str:
-        return _text(self.get(name), self._columns.get(name, name))
-
-    def items(self, name: str, *, needed: bool = True) -> list[Any]:
-        value = self.needed(name) if needed else self.get(name)
-        parsed = _json_list(value) if isinstance(value, str) and value.strip() else value
-        if parsed is None or parsed == "":
-            return []
-        if not isinstance(parsed, list):
-            raise RowError(f"'{self._columns.get(name, name)}' is {_shown(value)}, not a list")
-        return parsed
-
-
-def _text(value: Any, name: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RowError(f"'{name}' is {_shown(value)}, not text")
-    return value
-
-
-def _json_list(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
 # -- the formats ------------------------------------------------------------------------------------
 
 
-def _alpaca(cells: _Cells) -> Dialogue:
-    messages: list[Message] = []
-    for pair in cells.items("history", needed=False):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError(f"'history' holds {_shown(pair)}, not a pair [question, answer]")
-        messages += _exchange(_text(pair[0], "history"), _text(pair[1], "history"))
-    more = cells.optional_text("input")
-    asked = cells.text("instruction") + (f"\n{more}" if more else "")
-    return _dialogue(cells, messages + _exchange(asked, cells.text("output")), None)
+def _alpaca(cells: Cells) -> Dialogue:
+    given = cells.text("output")
+    answer = "" if given == NO_OUTPUT else given
+    return dialogue(cells, history(cells) + exchange(instruction(cells), answer), None)
 
 
-def _exchange(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _conversation(column: str) -> Callable[[_Cells], Dialogue]:
-    def parse(cells: _Cells) -> Dialogue:
-        messages = [_spelled(message) for message in cells.items(column)]
+def _conversation(column: str) -> Callable[[Cells], Dialogue]:
+    def parse(cells: Cells) -> Dialogue:
+        messages = [spelled(message) for message in cells.items(column)]
         answer = cells.mapped("answer")
         if answer:
-            spoken = {"role": "assistant", "content": answer} if isinstance(answer, str) else _spelled(answer)
+            spoken = {"role": "assistant", "content": answer} if isinstance(answer, str) else spelled(answer)
             messages.append(spoken)
-        return _dialogue(cells, messages, cells.get("tools"))
+        return dialogue(cells, messages, cells.get("tools"))
 
     return parse
 
 
-def _spelled(message: Any) -> Message:
-    """A message with from/value as one with role/content; without the empty cells that tables bring."""
-    if not isinstance(message, dict):
-        raise RowError(f"{_shown(message)} is not a message")
-    given = {key: value for key, value in message.items() if value is not None}
-    role = given.get("role", given.get("from"))
-    if not isinstance(role, str) or role not in SPEAKERS:
-        raise RowError(f"{_shown(role)} is not a role; roles are {', '.join(SPEAKERS)}")
-    content = given.get("content", given.get("value"))
-    if SPEAKERS[role] == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(content)}
-    rest = {key: value for key, value in given.items() if key not in ("from", "value", "role", "content")}
-    return {"role": SPEAKERS[role], "content": content, **rest}
-
-
-def _calls(content: Any) -> list[Any]:
-    """ShareGPT writes a call as JSON text: one `{"name", "arguments"}`, or a list of them."""
-    value = _json_list(content) if isinstance(content, str) else content
-    calls = value if isinstance(value, list) else [value]
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise RowError(f"the function_call {_shown(content)} is not JSON with a name and arguments")
-    return calls
-
-
-def _prompt_completion(cells: _Cells) -> Dialogue:
-    prompt, completion = (_turns(cells.needed(name), name) for name in ("prompt", "completion"))
+def _prompt_completion(cells: Cells) -> Dialogue:
+    prompt, completion = (turns(cells.needed(name), name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) != isinstance(completion, str):
         raise RowError("'prompt' and 'completion' must both be text, or both lists of messages")
     if isinstance(prompt, str):
-        return _dialogue(cells, _exchange(prompt, completion), cells.get("tools"))
-    given = [_spelled(message) | {"weight": 0} for message in prompt]
-    return _dialogue(cells, given + [_spelled(message) for message in completion], cells.get("tools"))
+        return dialogue(cells, exchange(prompt, completion), cells.get("tools"))
+    given = [spelled(message) | {"weight": 0} for message in prompt]
+    return dialogue(cells, given + [spelled(message) for message in completion], cells.get("tools"))
 
 
-def _turns(value: Any, name: str) -> Any:
-    if isinstance(value, list):
-        return value
-    text = _text(value, name)
-    listed = _json_list(text) if text.lstrip().startswith('[{"') else text
-    return listed if isinstance(listed, list) else text
-
-
-def _plain(cells: _Cells) -> Dialogue:
+def _plain(cells: Cells) -> Dialogue:
     return Dialogue(text=cells.text("text"))
 
 
-def _dialogue(cells: _Cells, messages: list[Message], tools: Any) -> Dialogue:
-    system = cells.optional_text("system")
-    if system and messages and messages[0].get("role") == "system":
-        if messages[0].get("content") != system:
-            raise RowError("has a system message in its column and another in its conversation")
-    elif system:
-        messages = [{"role": "system", "content": system}, *messages]
-    if not messages:
-        return Dialogue(text="")
-    weights = [_weight(message) for message in messages]
-    plain = plain_messages(messages)
-    for message, weight in zip(plain, weights, strict=True):
-        if weight == 0:
-            message["weight"] = 0
-    return Dialogue(plain, plain_tools(tools))
-
-
-def _weight(message: Message) -> int:
-    """OpenAI's `weight` of an assistant message: 0 keeps it as context and does not learn it."""
-    weight = message.get("weight", 1)
-    if weight not in (0, 1):
-        raise RowError(f"the weight of a message is {_shown(weight)}, not 0 or 1")
-    return int(weight)
-
-
-PARSERS: dict[Format, Callable[[_Cells], Dialogue]] = {
+PARSERS: dict[Format, Callable[[Cells], Dialogue]] = {
     "alpaca": _alpaca,
     "sharegpt": _conversation("conversations"),
     "messages": _conversation("messages"),
     "prompt_completion": _prompt_completion,
     "text": _plain,
+    "preference": preference,
+    "turns": dialects.turns,
+    "moss": dialects.moss,
+    "guanaco": dialects.guanaco,
 }

@@ -28,7 +28,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.core.paths import locked, new_folder, sha256_file, sha256_json
 from tunesmith.core.progress import Meter
 from tunesmith.data.counts import FileCounts, totals
-from tunesmith.data.formats import RowShape, shape_of
+from tunesmith.data.formats import RowShape, no_pairs, only_pairs, shape_of
 from tunesmith.data.readers import BadRow, NumberedRow, RowFile, open_source
 from tunesmith.data.store import MARKS, Pick, Rows, RowWriter, TokenStore, open_rows
 from tunesmith.data.tokens import RowEncoder, encode_rows
@@ -40,7 +40,8 @@ SHOWN_FAULTS = 5
 MAX_FAULTS = 1000
 TOKEN_CODE = (
     "model/messages.py", "model/special.py", "model/template.py",
-    "data/formats.py", "data/readers.py", "data/store.py", "data/tokens.py",
+    "data/dialects.py", "data/dialogue.py", "data/formats.py", "data/preference.py", "data/readers.py",
+    "data/store.py", "data/tokens.py",
 )  # fmt: skip
 
 
@@ -74,14 +75,22 @@ class _Part:
     from_cache: bool
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path) -> Prepared:
+def prepare(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path, pairs: bool = False
+) -> Prepared:
     """Read, tokenise and split the rows of `data`, whose max_length must be a number.
 
-    Raises UserError for data that cannot be read, rows that are not what their format says, rows that are
-    too long if the recipe says `error`, and a training split without rows.
+    pairs: whether the rows have two answers each. Raises UserError for the other kind of rows, for data
+    that cannot be read, rows that are not what their format says, rows that are too long if the recipe says
+    `error`, and a training split without rows.
     """
     if data.max_length == "auto":
         raise ValueError("data.max_length must be resolved")
+    if pairs and data.too_long == "truncate":
+        raise UserError(
+            "data.too_long: truncate: a preference between answers that were cut says nothing of their ends",
+            hint="set data.too_long to drop, and raise data.max_length if many pairs are longer",
+        )
     opened = [
         (file, source, place, number, held_out)
         for held_out, sources in ((False, data.sources), (True, data.eval_sources))
@@ -91,7 +100,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path) 
     ]
     parts = []
     for file, source, place, number, held_out in opened:
-        rows, known = tokenised(file, source, place, data, tokenizer, cache_dir)
+        rows, known = tokenised(file, source, place, data, tokenizer, cache_dir, pairs=pairs)
         parts.append(_Part(file, rows, number, source.weight, held_out, known))
     return _Choice(data, data.max_length, parts).prepared()
 
@@ -100,18 +109,29 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path) 
 
 
 def tokenised(
-    file: RowFile, source: Source, place: str, data: Data, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+    file: RowFile,
+    source: Source,
+    place: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    *,
+    pairs: bool = False,
 ) -> tuple[Rows, bool]:
     """The tokenised rows of a file, and whether they were in the cache; a damaged entry is made again."""
     folder = cache_dir / "data" / _key(file, source, data, tokenizer)
     known = open_rows(folder)
     if known is not None:
+        if pairs and known.format != "preference":
+            raise no_pairs(file.name, f"these are '{known.format}'", place)
+        if known.format == "preference" and not pairs:
+            raise only_pairs(file.name, place)
         return known, True
     with locked(folder):
         known = open_rows(folder)  # another process may have made it meanwhile
         if known is None:
             with new_folder(folder) as fresh:
-                _tokenise(file, source, place, data, tokenizer, fresh)
+                _tokenise(file, source, place, data, tokenizer, fresh, pairs=pairs)
             made = open_rows(folder)
             assert made is not None
             return made, False
@@ -119,10 +139,17 @@ def tokenised(
 
 
 def _tokenise(
-    file: RowFile, source: Source, place: str, data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path
+    file: RowFile,
+    source: Source,
+    place: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    pairs: bool,
 ) -> None:
-    shape, rows = peek(file, source, place)
-    encoder = RowEncoder(tokenizer, shape, data.system)
+    shape, rows = peek(file, source, place, pairs=pairs)
+    encoder = RowEncoder(tokenizer, shape, system_of(source, data))
     faults: list[tuple[int, str]] = []
     count = 0
     with Meter(f"tokenise {Path(file.name).name}") as meter, RowWriter(folder) as writer:
@@ -138,7 +165,9 @@ def _tokenise(
         writer.close(format=shape.format, unit=file.unit)
 
 
-def peek(file: RowFile, source: Source, place: str) -> tuple[RowShape, Iterator[NumberedRow]]:
+def peek(
+    file: RowFile, source: Source, place: str, *, pairs: bool = False
+) -> tuple[RowShape, Iterator[NumberedRow]]:
     """The shape of a file's rows, found from its first rows, and all its rows."""
     rows = iter(file.read())
     first = list(itertools.islice(rows, PEEK_ROWS))
@@ -150,7 +179,7 @@ def peek(file: RowFile, source: Source, place: str) -> tuple[RowShape, Iterator[
         why = row.why if isinstance(row, BadRow) else f"a {type(row).__name__}, not an object with columns"
         raise UserError(f"{file.name}: {file.unit} {number}: {why}", hint="every row must be an object")
     columns = dict.fromkeys(name for row in objects for name in row)
-    shape = shape_of(columns, source.format, source.columns, file=file.name, place=place)
+    shape = shape_of(columns, source.format, source.columns, file=file.name, place=place, pairs=pairs)
     return shape, itertools.chain(first, rows)
 
 
@@ -165,6 +194,11 @@ def malformed(file: RowFile, shape: RowShape, faults: list[tuple[int, str]], row
     )
 
 
+def system_of(source: Source, data: Data) -> str | None:
+    """The system message of a source's rows that have none of their own."""
+    return data.system if source.system is None else source.system
+
+
 def workers_of(data: Data) -> int:
     """Processes to tokenise with; auto: one for each core that this process may use."""
     return len(os.sched_getaffinity(0)) if data.workers == "auto" else data.workers
@@ -177,7 +211,7 @@ def _key(file: RowFile, source: Source, data: Data, tokenizer: PreTrainedTokeniz
             "suffix": Path(file.name).suffix.lower(),
             "format": source.format,
             "columns": source.columns,
-            "system": data.system,
+            "system": system_of(source, data),
             "template": template_hash(tokenizer),
             "tokenizer": tokenizer_hash(tokenizer),
             "code": _code_hash(),
@@ -217,11 +251,12 @@ class _Choice:
         whole = [part.rows.supervised for part in parts]
         kept = [part.rows.supervised_within(max_length) for part in parts]
         self.lengths = np.concatenate([part.rows.lengths for part in parts])
+        self.spans = np.concatenate([part.rows.spans for part in parts])
         self.digests = np.concatenate([part.rows.digests for part in parts])
         self.held_out = np.repeat([part.held_out for part in parts], [len(part.rows) for part in parts])
         cut = data.too_long == "truncate"
         self.supervised = np.concatenate(kept if cut else whole)
-        self.is_long = self.lengths > max_length
+        self.is_long = self.spans > max_length
         self.is_empty = self.lengths == 0
         self.is_blank = ~self.is_empty & (self.supervised == 0)
         self.is_repeat = ~(self.is_empty | self.is_blank) & self._repeats()
@@ -268,7 +303,7 @@ class _Choice:
     def _counts(self, part: _Part, span: slice) -> FileCounts:
         kept, is_cut = self.is_kept[span], self.is_kept[span] & self.is_long[span]
         lengths = self.lengths[span]
-        tokens_kept = int(np.minimum(lengths, self.max_length)[kept].sum())
+        tokens_kept = int(part.rows.lengths_within(self.max_length)[kept].sum())
         marks = dict(zip(MARKS, part.rows.marks.sum(axis=0, dtype=np.int64).tolist(), strict=True))
         has_eval = not part.held_out and self.in_eval[span].any()
         return FileCounts(
@@ -299,7 +334,7 @@ class _Choice:
 
     def _refuse_long(self) -> None:
         long = [
-            f"{part.file.name}: {part.file.unit} {part.rows.numbers[row]}: {part.rows.lengths[row]:,} tokens"
+            f"{part.file.name}: {part.file.unit} {part.rows.numbers[row]}: {part.rows.spans[row]:,} tokens"
             for part, span in self._spans()
             for row in np.flatnonzero(self.is_long[span])
         ]

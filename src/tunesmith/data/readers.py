@@ -259,7 +259,7 @@ def _hub(source: Source, place: str) -> RowFile:
 
     fetched = fetched_folder("dataset", source.path)  # what fetch brought is used until it is fetched anew
     try:
-        found = load_dataset(str(fetched or source.path), split=source.split)
+        found = load_dataset(str(fetched or source.path), source.subset, split=source.split)
     except ValueError as error:
         if "split" not in str(error).lower():
             raise _hub_failed(source, place, error) from None

@@ -2,7 +2,8 @@
 
 One folder holds the rows of one file: `ids.npy` [T] uint32 and `mask.npy` [T] bool (supervised) of all rows
 end to end, `lengths.npy` and `supervised.npy` [R] token counts, `numbers.npy` [R] (row or line in the file),
-`digests.npy` [R, 2] (128 bits of the content's SHA-256) and `marks.npy` [R, 4] (see MARKS).
+`digests.npy` [R, 2] (128 bits of the content's SHA-256), `marks.npy` [R, 4] (see MARKS) and `branches.npy`
+[R, 3] (of a preference: tokens of the prompt, the chosen and the rejected answer; else zeros).
 `manifest.json`, written last, has the hashes.
 """
 
@@ -29,6 +30,7 @@ ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
     "numbers": (np.int64, ()),
     "digests": (np.uint64, (2,)),
     "marks": (np.uint16, (len(MARKS),)),
+    "branches": (np.int64, (3,)),
 }
 
 
@@ -43,6 +45,7 @@ class Rows:
     numbers: NDArray[np.int64]
     digests: NDArray[np.uint64]
     marks: NDArray[np.uint16]
+    branches: NDArray[np.int64]
     format: str = ""
     unit: str = "row"
     starts: NDArray[np.int64] = field(init=False)
@@ -53,10 +56,25 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def is_pair(self) -> NDArray[np.bool_]:
+        """[R] whether the row is a prompt with two answers."""
+        return self.branches.sum(axis=1) > 0
+
+    @property
+    def spans(self) -> NDArray[np.int64]:
+        """[R] tokens of the longest sequence: of the row, or of a pair's prompt with its longer answer."""
+        pair = self.branches[:, 0] + self.branches[:, 1:].max(axis=1)
+        return np.where(self.is_pair, pair, self.lengths)
+
+    def lengths_within(self, max_length: int) -> NDArray[np.int64]:
+        """[R] tokens of every row cut at `max_length`; pairs are never cut."""
+        return np.where(self.is_pair, self.lengths, np.minimum(self.lengths, max_length))
+
     def supervised_within(self, max_length: int) -> NDArray[np.int64]:
-        """[R] supervised tokens among the first `max_length` of every row."""
+        """[R] supervised tokens of every row cut at `max_length`."""
         counts = self.supervised.copy()
-        for row in np.flatnonzero(self.lengths > max_length):
+        for row in np.flatnonzero((self.lengths > max_length) & ~self.is_pair):
             start = self.starts[row]
             counts[row] = self.mask[start : start + max_length].sum()
         return counts
@@ -169,10 +187,10 @@ class TokenStore:
     """
 
     def __init__(self, picks: list[Pick], max_length: int) -> None:
-        self._picks = picks
+        self.picks, self.max_length = picks, max_length
         self._first = np.cumsum([0, *(len(p.rows) for p in picks)]).astype(np.int64)
         self._offsets = np.cumsum([0, *(_last_number(p.part) for p in picks)]).astype(np.int64)
-        lengths = [np.minimum(p.part.lengths[p.rows], max_length) for p in picks]
+        lengths = [p.part.lengths_within(max_length)[p.rows] for p in picks]
         supervised = [p.part.supervised_within(max_length)[p.rows] for p in picks]
         self.lengths = _joined(lengths, np.int32)
         self.supervised = _joined(supervised, np.int32)
@@ -188,20 +206,25 @@ class TokenStore:
         ids = pick.part.ids[start:end].astype(np.int64)
         return ids, np.where(pick.part.mask[start:end], ids, IGNORE)
 
+    def branches_of(self, index: int) -> NDArray[np.int64]:
+        """Of a pair: tokens of its prompt and of each answer; of any other row zeros."""
+        pick, row = self._find(index)
+        return pick.part.branches[row]
+
     def row(self, index: int) -> int:
         at = self._file_of(index)
-        pick = self._picks[at]
+        pick = self.picks[at]
         return int(self._offsets[at] + pick.part.numbers[pick.rows[index - self._first[at]]])
 
     def place(self, row: int) -> str:
         """`FILE: row N` of a row number that `row` gave."""
         at = int(np.searchsorted(self._offsets, row, side="left")) - 1
-        pick = self._picks[at]
+        pick = self.picks[at]
         return f"{pick.name}: {pick.part.unit} {row - int(self._offsets[at])}"
 
     def _find(self, index: int) -> tuple[Pick, int]:
         at = self._file_of(index)
-        pick = self._picks[at]
+        pick = self.picks[at]
         return pick, int(pick.rows[index - self._first[at]])
 
     def _file_of(self, index: int) -> int:
@@ -212,10 +235,10 @@ class TokenStore:
     def _grouped(self) -> list[Group]:
         spans = [np.arange(a, b) for a, b in zip(self._first[:-1], self._first[1:], strict=True)]
         groups = []
-        for source in sorted({pick.source for pick in self._picks}):
-            mine = [i for i, pick in enumerate(self._picks) if pick.source == source]
+        for source in sorted({pick.source for pick in self.picks}):
+            mine = [i for i, pick in enumerate(self.picks) if pick.source == source]
             rows = np.concatenate([spans[i] for i in mine]).astype(np.int64)
-            groups.append(Group(rows, float(self._picks[mine[0]].weight)))
+            groups.append(Group(rows, float(self.picks[mine[0]].weight)))
         return groups
 
 

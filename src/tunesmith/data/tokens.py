@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any
 
@@ -17,15 +17,19 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.core.errors import TunesmithError, UserError
-from tunesmith.data.formats import Dialogue, RowError, RowShape
+from tunesmith.data.dialogue import Dialogue, RowError
+from tunesmith.data.formats import RowShape
+from tunesmith.data.preference import EncodedRow, join_answers
 from tunesmith.data.readers import BadRow, NumberedRow
 from tunesmith.model.batch import IGNORE
+from tunesmith.model.messages import Message
 from tunesmith.model.template import Encoded, encode_text, encoder_of
 
 CHUNK_ROWS = 512
 # A worker process needs seconds to import and to load the tokenizer: below this size it does not pay.
 POOL_FROM_BYTES = 32 * 2**20
-EMPTY = Encoded([], [])
+THREADS = 2
+EMPTY = EncodedRow(Encoded([], []))
 
 
 @dataclass(frozen=True)
@@ -68,35 +72,53 @@ class RowEncoder:
             raise RowError(row.why)
         return self.shape.parse(row)
 
-    def _encode(self, dialogues: list[Dialogue]) -> list[Encoded | UserError]:
-        chats = [(d.messages, d.tools) for d in dialogues if d.text is None and not d.is_empty]
+    def _encode(self, dialogues: list[Dialogue]) -> list[EncodedRow | UserError]:
+        chats = [chat for d in dialogues if d.text is None and not d.is_empty for chat in _conversations(d)]
         done = iter(encoder_of(self.tokenizer).dialogues(chats)) if chats else iter(())
-        results: list[Encoded | UserError] = []
+        results: list[EncodedRow | UserError] = []
         for dialogue in dialogues:
             if dialogue.is_empty:
                 results.append(EMPTY)
             elif dialogue.text is not None:
-                results.append(encode_text(self.tokenizer, dialogue.text))
+                results.append(EncodedRow(encode_text(self.tokenizer, dialogue.text)))
             else:
-                results.append(next(done))
+                answers = [next(done) for _ in _conversations(dialogue)]
+                results.append(_row_of(answers))
         return results
 
 
-def _arrays(rows: list[tuple[int, bytes, Encoded]]) -> dict[str, NDArray[Any]]:
-    ids = [np.array(e.ids, dtype=np.uint32) for _, _, e in rows]
-    masks = [np.array(e.labels, dtype=np.int64) != IGNORE for _, _, e in rows]
-    for mask in masks:
-        mask[:1] = False  # nothing comes before the first token of a row, so nothing can predict it
+def _conversations(dialogue: Dialogue) -> list[tuple[list[Message], Any]]:
+    """What of a dialogue is rendered: one conversation, or one with each answer."""
+    rejected = [] if dialogue.rejected is None else [(dialogue.rejected, dialogue.tools)]
+    return [(dialogue.messages, dialogue.tools), *rejected]
+
+
+def _row_of(answers: list[Encoded | UserError]) -> EncodedRow | UserError:
+    good = [answer for answer in answers if isinstance(answer, Encoded)]
+    if len(good) < len(answers):
+        return next(answer for answer in answers if isinstance(answer, UserError))
+    return EncodedRow(good[0]) if len(good) == 1 else join_answers(good[0], good[1])
+
+
+def _arrays(rows: list[tuple[int, bytes, EncodedRow]]) -> dict[str, NDArray[Any]]:
+    encoded = [row.encoded for _, _, row in rows]
+    lengths = np.array([len(e.ids) for e in encoded], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    ids = np.fromiter(chain.from_iterable(e.ids for e in encoded), dtype=np.uint32)
+    mask = np.fromiter(chain.from_iterable(e.labels for e in encoded), dtype=np.int64) != IGNORE
+    mask[(ends - lengths)[lengths > 0]] = False  # nothing comes before a row's first token to predict it
+    sums = np.concatenate([[0], np.cumsum(mask)])
     digests = [np.frombuffer(digest[:16], dtype="<u8") for _, digest, _ in rows]
-    marks = [(e.unmatched, e.straddled, e.without_stop, int(e.escaped)) for _, _, e in rows]
+    marks = [(e.unmatched, e.straddled, e.without_stop, int(e.escaped)) for e in encoded]
     return {
-        "ids": np.concatenate([np.zeros(0, dtype=np.uint32), *ids]),
-        "mask": np.concatenate([np.zeros(0, dtype=np.bool_), *masks]),
-        "lengths": np.array([len(i) for i in ids], dtype=np.int64),
-        "supervised": np.array([m.sum() for m in masks], dtype=np.int64),
+        "ids": ids,
+        "mask": mask,
+        "lengths": lengths,
+        "supervised": (sums[ends] - sums[ends - lengths]).astype(np.int64),
         "numbers": np.array([number for number, _, _ in rows], dtype=np.int64),
         "digests": np.array(digests, dtype=np.uint64).reshape(len(rows), 2),
         "marks": np.array(marks, dtype=np.uint16).reshape(len(rows), 4),
+        "branches": np.array([row.branches for _, _, row in rows], dtype=np.int64).reshape(len(rows), 3),
     }
 
 
@@ -106,7 +128,7 @@ def encode_rows(
     """Tokenise rows chunk by chunk, in their order; in processes when there are enough to pay for them."""
     chunks = _chunks(iter(rows))
     if workers == 1 or num_bytes < POOL_FROM_BYTES:
-        yield from map(encoder.chunk, chunks)
+        yield from _in_threads(encoder, chunks)
     else:
         yield from _in_processes(encoder, chunks, workers)
 
@@ -114,6 +136,19 @@ def encode_rows(
 def _chunks(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
     while chunk := list(islice(rows, CHUNK_ROWS)):
         yield chunk
+
+
+def _in_threads(encoder: RowEncoder, chunks: Iterator[list[NumberedRow]]) -> Iterator[Chunk]:
+    """One chunk is tokenised, which needs no Python, while the next is rendered."""
+    encoder_of(encoder.tokenizer)  # made here: two threads would make it twice
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[Future[Chunk]] = deque()
+        for rows in chunks:
+            waiting.append(pool.submit(encoder.chunk, rows))
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _in_processes(encoder: RowEncoder, chunks: Iterator[list[NumberedRow]], workers: int) -> Iterator[Chunk]:

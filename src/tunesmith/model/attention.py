@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tunesmith.core.errors import UserError
+from tunesmith.model.fast_attention import attend_documents
+from tunesmith.model.prefixes import Shared, SharedLayout, find_shared
 
 NAME = "tunesmith"
 
@@ -44,15 +45,7 @@ class PackedLayout:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        queries, keys, values = (x.split(self.lengths, dim=2) for x in (q, k, v))
-        gqa = q.shape[1] != k.shape[1]
-        documents = [
-            F.scaled_dot_product_attention(
-                queries[d], keys[d], values[d], is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=gqa
-            )
-            for d in range(len(self.lengths))
-        ]
-        return torch.cat(documents, dim=2).transpose(1, 2)
+        return attend_documents(q, k, v, self.lengths, scale, dropout)
 
 
 def _forward(
@@ -131,13 +124,42 @@ def hidden_states(model: nn.Module, input_ids: Tensor, positions: Tensor, layout
 
     model: plain or PeftModel, after `install`; input_ids and positions [1, T] int64.
     """
+    shared = _shared(model, input_ids, layout)
+    if shared is None:
+        return _decode(model, input_ids, positions, layout)
+    kept = shared.kept
+    hidden = _decode(model, input_ids[:, kept], positions[:, kept], SharedLayout(layout, shared))
+    return shared.spread(hidden[0])[None]
+
+
+def _shared(model: nn.Module, input_ids: Tensor, layout: Layout) -> Shared | None:
+    """Common beginnings of the documents; none where every token draws random numbers of its own."""
+    if type(layout) is not PackedLayout or len(layout.lengths) == 1 or _draws(model):
+        return None
+    found = find_shared(input_ids[0].cpu().numpy(), layout.lengths)
+    return None if found is None else found.to(input_ids.device)
+
+
+def _draws(model: nn.Module) -> bool:
+    """True for a model in training that drops activations, or adds noise to its embeddings."""
+    if not model.training:
+        return False
+    inner = _unwrapped(model)
+    dropout = getattr(inner.config.get_text_config(), "attention_dropout", None)
+    # A hook on the embeddings is how noise gets into them (NEFTune).
+    noise = inner.get_input_embeddings()._forward_hooks
+    return bool(dropout or noise) or any(type(p) is nn.Dropout and p.p > 0 for p in inner.modules())
+
+
+def _decode(model: nn.Module, input_ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     decoder = _unwrapped(model).get_decoder()
     # A mask of four dimensions is handed on untouched: transformers then builds none of size T x T.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     out = decoder(
         input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False, layout=layout
     )
-    return out.last_hidden_state
+    hidden: Tensor = out.last_hidden_state
+    return hidden
 
 
 def lm_head(model: nn.Module) -> nn.Module:

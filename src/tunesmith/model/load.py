@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.units import bytes_text
+from tunesmith.model.new_tokens import add_tokens
 from tunesmith.model.quiet import quiet
 from tunesmith.model.weights import (
     TOKENIZER_FILES,
@@ -26,12 +28,17 @@ from tunesmith.model.weights import (
 
 
 def load_tokenizer(
-    folder: Path, *, chat_template: Path | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    chat_template: Path | None = None,
+    trust_remote_code: bool = False,
+    new_tokens: Sequence[str] = (),
 ) -> Any:
     """The tokenizer in `folder`; `chat_template` (a Jinja file) replaces its own template.
 
-    A model without a chat template is given as it is: `tokenizer.chat_template` is None.
-    Raises UserError when the files are missing or damaged, or the template is not Jinja.
+    `new_tokens`: texts that are each one token from now on. A model without a chat template is given as it
+    is: `tokenizer.chat_template` is None. Raises UserError when the files are missing or damaged, the
+    template is not Jinja, or a new token is none.
     """
     if not has_tokenizer(folder):
         raise UserError(
@@ -47,6 +54,7 @@ def load_tokenizer(
         raise _load_error(folder, "tokenizer", error, trust_remote_code) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
+    add_tokens(tokenizer, new_tokens)
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +11,20 @@ from contextlib import contextmanager
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' and peft's bars, notices and deprecations: our own errors say what matters."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
+    if not torch.cuda.is_available():
+        # transformers imports deepspeed where it is installed; that else writes to stdout that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # peft, of an adapter on a head that is tied to the embeddings: merging unties it here.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             yield
     finally:
         transformers_logging.set_verbosity(level)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunesmith.model.attention import PackedLayout, hidden_states, lm_head
+from tunesmith.model.attention import hidden_states, lm_head
 from tunesmith.model.batch import IGNORE, Batch
+from tunesmith.model.branches import layout_of
 
 CHUNK = 256  # supervised tokens whose logits are held at one time
 
@@ -28,9 +29,9 @@ def token_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     places = torch.from_numpy(np.flatnonzero(batch.labels != IGNORE))
     input_ids = torch.from_numpy(batch.input_ids).to(device)[None]
     positions = torch.from_numpy(batch.positions).to(device)[None]
-    hidden_TD = hidden_states(model, input_ids, positions, PackedLayout(batch.starts))[0]
-    # The token at place t is predicted by the hidden state at t - 1; a document's first is never supervised.
-    hidden_SD = hidden_TD[places.to(device) - 1]
+    hidden_TD = hidden_states(model, input_ids, positions, layout_of(batch))[0]
+    # A document's first token is never supervised, so every place has a token before it.
+    hidden_SD = hidden_TD[torch.from_numpy(batch.predictors).to(device)[places.to(device)]]
     targets_S = input_ids[0, places.to(device)]
     head = lm_head(model)
     losses = [

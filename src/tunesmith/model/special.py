@@ -23,11 +23,39 @@ _SENTINELS = re.compile(f"([{chr(FIRST_SENTINEL)}-{chr(LAST_SENTINEL)}])")
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a text, and the characters [starts[i], ends[i]) that each stands for."""
+    """Token ids of a text, and the characters [starts[i], ends[i]) that each stands for.
+
+    spans: a list of (start, end) or an Encoding, which is asked for them only when they are needed: listing
+    all of them takes longer than anything else that is done with a row but tokenising it.
+    """
 
     ids: list[int]
-    starts: list[int]
-    ends: list[int]
+    spans: list[tuple[int, int]] | Encoding
+
+    def start(self, token: int) -> int:
+        return self._span(token)[0]
+
+    def end(self, token: int) -> int:
+        return self._span(token)[1]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        return [start for start, _ in self._all]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return [end for _, end in self._all]
+
+    @cached_property
+    def _all(self) -> list[tuple[int, int]]:
+        return self.spans if isinstance(self.spans, list) else self.spans.offsets
+
+    def _span(self, token: int) -> tuple[int, int]:
+        if isinstance(self.spans, list):
+            return self.spans[token]
+        found = self.spans.token_to_chars(token)
+        assert found is not None
+        return found
 
 
 @dataclass
@@ -53,6 +81,7 @@ class Guard:
         self._control_ids = frozenset(control.values())
         longest_first = sorted(control, key=len, reverse=True)
         self._found = re.compile("|".join([*map(re.escape, longest_first), _SENTINELS.pattern]))
+        self._firsts = sorted({string[0] for string in control})
         self._newline = self._encode("\n").ids
         self.short = lru_cache(maxsize=4096)(self._encode)
 
@@ -63,12 +92,18 @@ class Guard:
     def protect(self, value: Any, guarded: Guarded) -> Any:
         """`value` (text, or lists and objects of text) with every control string replaced."""
         if isinstance(value, str):
-            return self._found.sub(guarded.sentinel, value) if self._found.search(value) else value
+            return self._found.sub(guarded.sentinel, value) if self._may_hold(value) else value
         if isinstance(value, list):
             return [self.protect(item, guarded) for item in value]
         if isinstance(value, dict):
             return {self.protect(key, guarded): self.protect(item, guarded) for key, item in value.items()}
         return value
+
+    def _may_hold(self, text: str) -> bool:
+        """False for most texts, by looks that are much faster than the search for all strings."""
+        if any(first in text for first in self._firsts):
+            return True
+        return not text.isascii() and _SENTINELS.search(text) is not None
 
     def encode_batch(self, texts: list[tuple[str, Guarded]]) -> list[Tokens]:
         """Tokens of many texts; those without a replaced string in one call of the tokenizer."""
@@ -88,8 +123,7 @@ class Guard:
     def _encode_pieces(self, text: str, guarded: Guarded) -> Tokens:
         """The text split at its sentinels; each replaced string counts as one character."""
         ids: list[int] = []
-        starts: list[int] = []
-        ends: list[int] = []
+        all_spans: list[tuple[int, int]] = []
         at = 0
         for i, piece in enumerate(_SENTINELS.split(text)):
             if i % 2:
@@ -99,10 +133,9 @@ class Guard:
                 tokens = self._encode_inside(piece) if i else self._encode(piece)
                 found, spans = tokens.ids, list(zip(tokens.starts, tokens.ends, strict=True))
             ids += found
-            starts += [at + start for start, _ in spans]
-            ends += [at + end for _, end in spans]
+            all_spans += [(at + start, at + end) for start, end in spans]
             at += len(piece)
-        return Tokens(ids, starts, ends)
+        return Tokens(ids, all_spans)
 
     def _encode_inside(self, piece: str) -> Tokens:
         """Tokens of a piece that does not begin its text: no prefix space may be put before it."""
@@ -110,9 +143,8 @@ class Guard:
         skip = len(self._newline)
         if after.ids[:skip] != self._newline:
             return self._encode(piece)
-        return Tokens(
-            after.ids[skip:], [s - 1 for s in after.starts[skip:]], [e - 1 for e in after.ends[skip:]]
-        )
+        starts, ends = after.starts[skip:], after.ends[skip:]
+        return Tokens(after.ids[skip:], [(s - 1, e - 1) for s, e in zip(starts, ends, strict=True)])
 
     def _as_text(self, string: str) -> list[int]:
         """Plain-text tokens of a control string; by its characters where the vocabulary knows the whole."""
@@ -158,5 +190,4 @@ def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
 
 
 def _tokens(encoding: Encoding) -> Tokens:
-    offsets = encoding.offsets
-    return Tokens(encoding.ids, [start for start, _ in offsets], [end for _, end in offsets])
+    return Tokens(encoding.ids, encoding)

@@ -170,12 +170,14 @@ class ChatEncoder:
 
     def _labelled(self, draft: _Draft, tokens: Tokens) -> Encoded:
         ids, labels = tokens.ids, [IGNORE] * len(tokens.ids)
-        anchors = [t for t, i in enumerate(ids) if i in self._added_ids]
+        marked = [t for t, i in enumerate(ids) if i in self._marked_ids]
+        anchors = [t for t in marked if ids[t] in self._added_ids]
+        stops = [t for t in marked if ids[t] in self._stops]
         unmatched = straddled = without_stop = 0
         last_open = False
         for before, until in draft.spans:
             begin, clean = self._begin(draft, tokens, anchors, before)
-            end, stopped = self._end(draft, tokens, begin, until)
+            end, stopped = self._end(draft, tokens, stops, begin, until)
             if begin is None or end is None or end <= begin:
                 unmatched += 1
                 continue
@@ -200,9 +202,9 @@ class ChatEncoder:
         """
         if not draft.text.startswith(before):
             return None, False
-        seen = bisect_right(anchors, len(before), key=lambda t: tokens.ends[t])
+        seen = bisect_right(anchors, len(before), key=tokens.end)
         anchor = anchors[seen - 1] if seen else 0
-        tail = before[tokens.starts[anchor] :] if seen else before
+        tail = before[tokens.start(anchor) :] if seen else before
         plain = not draft.guarded.strings and len(tail) < 256
         tail_ids = (self._guard.short(tail) if plain else self._guard.encode(tail, draft.guarded)).ids
         begin = anchor + len(tail_ids)
@@ -210,16 +212,16 @@ class ChatEncoder:
             return begin, True
         return bisect_left(tokens.starts, len(before)), False
 
-    def _end(self, draft: _Draft, tokens: Tokens, begin: int | None, until: str) -> tuple[int | None, bool]:
+    def _end(
+        self, draft: _Draft, tokens: Tokens, stops: list[int], begin: int | None, until: str
+    ) -> tuple[int | None, bool]:
         """The index after the answer's stop token, and whether there is one; None if the text differs."""
         if begin is None:
             return None, False
-        for t in range(begin, len(tokens.ids)):
-            if tokens.ends[t] > len(until):
-                break
-            if tokens.ids[t] in self._stops:
-                same = until is draft.text or until[: tokens.ends[t]] == draft.text[: tokens.ends[t]]
-                return (t + 1 if same else None), True
+        first = bisect_left(stops, begin)
+        if first < len(stops) and (end := tokens.end(stops[first])) <= len(until):
+            same = until is draft.text or until[:end] == draft.text[:end]
+            return (stops[first] + 1 if same else None), True
         if not draft.text.startswith(until):
             return None, False
         return bisect_right(tokens.ends, len(until)), False
@@ -270,6 +272,10 @@ class ChatEncoder:
     @cached_property
     def _stops(self) -> frozenset[int]:
         return frozenset(self.turn_ends) | (frozenset() if self._eos is None else {self._eos})
+
+    @cached_property
+    def _marked_ids(self) -> frozenset[int]:
+        return self._stops | self._added_ids
 
     @cached_property
     def _text_head(self) -> list[int]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.paths import free_bytes
 from tunesmith.core.units import bytes_text
+from tunesmith.recipe.schema import Optimizer
 
 # Logs, tokenizer, reports and the folder entries of a run.
 SMALL_FILES_BYTES = 32 * 1024**2
+BLOCK_8BIT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,20 @@ class DiskPlan:
         )
 
 
-def checkpoint_bytes(num_trained: int, weight_bytes: int, optimizer_bytes: int = 4) -> int:
-    """Size of a checkpoint: the trained weights and AdamW's two moments.
+def checkpoint_bytes(weights: int, num_trained: int, state_bytes: float) -> int:
+    """Size of a checkpoint. weights: bytes of the stored weights; state_bytes: of the optimizer's state for
+    one trained weight (`state_bytes`)."""
+    return weights + ceil(num_trained * state_bytes)
 
-    num_trained: trained parameters; weight_bytes: bytes of a stored weight (with its fp32 master, where
-    there is one); optimizer_bytes: bytes of one moment of one parameter.
-    """
-    return num_trained * (weight_bytes + 2 * optimizer_bytes)
+
+def state_bytes(optimizer: Optimizer, weight_bytes: int) -> float:
+    """Bytes that an optimizer keeps for one trained weight, itself of `weight_bytes`: two averages, in the
+    weight's format or in blocks of 8 bits with an fp32 scale; offloaded, two and the weight in fp32."""
+    return {
+        "adamw": 2 * weight_bytes,
+        "adamw-8bit": 2 * (1 + 4 / BLOCK_8BIT),
+        "adamw-offload": 3 * 4,
+    }[optimizer]
 
 
 def plan_disk(

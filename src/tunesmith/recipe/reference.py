@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tunesmith.recipe.compat import Compat, Template
 from tunesmith.recipe.schema import Recipe, Source
 
 HEAD = """\
@@ -30,6 +32,8 @@ def recipe_reference() -> str:
             parts.append(_section(f"`{name}`", section))
         if name == "data":
             parts.append(_section("`data.sources[]`, `data.eval_sources[]`", Source))
+        if name == "compat":
+            parts.append(_section("`compat.template`", Template))
     return "\n".join(parts)
 
 
@@ -37,7 +41,7 @@ def _section(title: str, section: type[BaseModel], *, skip_sections: bool = Fals
     rows = [f"## {title}\n", f"{(section.__doc__ or '').strip()}\n"]
     rows += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        if skip_sections and _model_of(field) is not None:
+        if skip_sections and _model_of(field) is not None and field.default is not None:
             continue
         kind = _type_text(field.annotation, field.metadata).replace("|", "\\|")
         rows.append(f"| `{name}` | {kind} | {_default_text(field)} | {field.description or ''} |")
@@ -46,7 +50,9 @@ def _section(title: str, section: type[BaseModel], *, skip_sections: bool = Fals
 
 def _model_of(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    optional = get_origin(kind) in (Union, types.UnionType)
+    kinds = [k for k in (get_args(kind) if optional else (kind,)) if k is not type(None)]
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
 
 
 def _type_text(kind: Any, metadata: list[Any] | None = None) -> str:
@@ -62,7 +68,8 @@ def _type_text(kind: Any, metadata: list[Any] | None = None) -> str:
     if origin is dict:
         return "mapping of text to text"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
-    text = names.get(kind) or ("source" if kind is Source else str(kind))
+    sections = {Source: "source", Compat: "section", Template: "section"}
+    text = names.get(kind) or sections.get(kind) or str(kind)
     limits = [_limit_text(item) for item in metadata or []]
     return " ".join([text, *filter(None, limits)])
 
@@ -80,4 +87,8 @@ def _default_text(field: FieldInfo) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, BaseModel):
+        return "see below"
+    if isinstance(value, str) and ("\n" in value or "|" in value):
+        return f"`{json.dumps(value)}`".replace("|", "\\|")
     return f"`{list(value) if isinstance(value, tuple) else value}`"

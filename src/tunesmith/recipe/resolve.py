@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.core.errors import UserError
+from tunesmith.recipe.memory import check_memory, memory_settings
+from tunesmith.recipe.methods import check_method
 from tunesmith.recipe.schema import Precision, Recipe
 
 MAX_LENGTH = 2048
@@ -25,34 +27,52 @@ class Facts:
     threads: int
     precision: Precision
     serve_precision: Literal["fp32", "bf16", "fp16"]
+    processes: int = 1
+    kernels: Literal["torch", "liger"] = "torch"
 
 
 def resolve(recipe: Recipe, facts: Facts) -> Recipe:
     """Fill in all that does not depend on the number of steps; `resolve_steps` does the rest.
 
-    Raises UserError for a length beyond the model's limit, and for a method that cannot run here.
+    Raises UserError for a length beyond the model's limit, and for settings that cannot work
+    together.
     """
-    _refuse_qlora(recipe)
+    check_method(recipe)
     for key, length in (("data", recipe.data.max_length), ("serve", recipe.serve.max_length)):
         if length != "auto" and length > facts.context_length:
             raise UserError(
                 f"{key}.max_length: {length} is more than the model's limit of {facts.context_length} tokens",
                 hint=f"take at most {facts.context_length}, or 'auto'",
             )
-    return _updated(
-        recipe,
+    engine = recipe.parallel.engine
+    if engine == "auto":
+        engine = "single" if _processes(recipe, facts) == 1 else "ddp"
+    resolved = _updated(
+        _plain(recipe),
         data={
             "max_length": min(facts.context_length, MAX_LENGTH),
             "workers": max(1, min(facts.threads, MAX_WORKERS)),
         },
         method={"alpha": 2.0 * recipe.method.rank},
-        train={"lr": LR[recipe.method.type], "precision": facts.precision},
+        train={
+            "lr": LR[recipe.method.type],
+            "compile": False,
+            "kernels": facts.kernels,
+            **memory_settings(recipe, precision=facts.precision, engine=engine),
+        },
         serve={
             "max_length": min(facts.context_length, SERVE_MAX_LENGTH),
             "precision": facts.serve_precision,
         },
-        hardware={"device": facts.device, "threads": facts.threads},
+        parallel={"engine": engine},
+        hardware={"device": facts.device, "threads": facts.threads, "processes": facts.processes},
     )
+    check_memory(resolved)
+    return resolved
+
+
+def _processes(recipe: Recipe, facts: Facts) -> int:
+    return facts.processes if recipe.hardware.processes == "auto" else recipe.hardware.processes
 
 
 def resolve_steps(recipe: Recipe, total_steps: int) -> Recipe:
@@ -69,6 +89,15 @@ def without_secrets(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"serve": recipe.serve.model_copy(update={"api_key": None})})
 
 
+def _plain(recipe: Recipe) -> Recipe:
+    """The recipe with a truth value for gradient_checkpointing replaced by the name of what it means."""
+    given = recipe.train.gradient_checkpointing
+    if not isinstance(given, bool):
+        return recipe
+    train = recipe.train.model_copy(update={"gradient_checkpointing": "full" if given else "none"})
+    return recipe.model_copy(update={"train": train})
+
+
 def _updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """The recipe with each named value put in where "auto" stands."""
     changed = {}
@@ -77,12 +106,3 @@ def _updated(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
         fills = {key: value for key, value in values.items() if getattr(section, key) == "auto"}
         changed[name] = section.model_copy(update=fills)
     return recipe.model_copy(update=changed)
-
-
-def _refuse_qlora(recipe: Recipe) -> None:
-    if recipe.method.type == "qlora":
-        raise UserError(
-            "method.type: 'qlora' needs a base model quantised to 4 bits (NF4, through bitsandbytes), "
-            "which this version does not load",
-            hint="take 'lora': the same adapters over a base in bf16, about 2 bytes a weight",
-        )

@@ -10,10 +10,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunesmith.recipe.compat import Compat
+
 Auto = Literal["auto"]
-Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text"]
+Format = Literal[
+    "alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference", "turns", "guanaco", "moss",
+]  # fmt: skip
 TooLong = Literal["drop", "truncate", "error"]
 Precision = Literal["fp32", "bf16", "bf16-pure", "fp16"]
+Optimizer = Literal["adamw", "adamw-8bit", "adamw-offload"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -42,6 +48,11 @@ class Model(Section):
         None,
         description="A Jinja file in place of the model's own chat template, in training and serving alike.",
     )
+    new_tokens: list[str] = Field(
+        default_factory=list,
+        description="Texts that are one token each from now on, in rows, templates and answers; their "
+        "embeddings start as the mean of the others and are trained, with LoRA too.",
+    )
 
 
 class Source(Section):
@@ -56,6 +67,10 @@ class Source(Section):
         default_factory=dict, description="Our name of a column: the name it has in the file."
     )
     split: str = Field("train", description="Split of a hub data set or a saved data set.")
+    subset: str | None = Field(None, description="Part (configuration) of a hub data set that has several.")
+    system: str | None = Field(
+        None, description="A system message for this source's rows that have none, in place of data.system."
+    )
     weight: float = Field(
         1.0, gt=0, description="Share of the rows used in each epoch: 0.5 takes half, 2 takes each row twice."
     )
@@ -94,7 +109,10 @@ class Data(Section):
 class Method(Section):
     """What is trained."""
 
-    type: Literal["full", "lora", "qlora"] = Field("lora", description="All weights, or low-rank adapters.")
+    type: Literal["full", "lora", "qlora"] = Field(
+        "lora",
+        description="full: all weights; lora: low-rank adapters; qlora: adapters over a base in 4 bits.",
+    )
     rank: int = Field(16, ge=1, description="Rank of the adapters.")
     alpha: float | Auto = Field(
         "auto", description="Scale numerator: adapters are scaled by alpha / rank; auto: 2 x rank."
@@ -105,6 +123,48 @@ class Method(Section):
         description="Names of the linear layers that get an adapter; all-linear leaves out the head.",
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).")
+    dora: bool = Field(
+        False, description="Train the weights' magnitudes beside their directions (DoRA); slower than LoRA."
+    )
+    lora_plus_ratio: float | None = Field(
+        None, ge=1, description="Learning rate of the B matrices over that of the A matrices (LoRA+)."
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="Names of modules that are trained whole beside the adapters, such as embed_tokens.",
+    )
+    double_quant: bool = Field(True, description="qlora: quantise the quantisation constants too.")
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="full: parameters that stay as they are, by name with * for any part, such as "
+        "'model.embed_tokens.*' or 'model.layers.0.*'.",
+    )
+    neftune_alpha: float | None = Field(
+        None, gt=0, description="Strength of the noise added to embeddings in training (NEFTune); null: none."
+    )
+
+
+class Objective(Section):
+    """What is minimised."""
+
+    type: Literal["sft", "dpo", "orpo", "kto"] = Field(
+        "sft",
+        description="sft: cross-entropy of the answers; dpo, orpo, kto: preferences, from rows with a chosen "
+        "and a rejected answer.",
+    )
+    beta: float = Field(
+        0.1, gt=0, description="dpo, kto: how closely the model is held to the reference; orpo: weight of "
+        "the odds ratio."
+    )  # fmt: skip
+    loss: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="dpo: form of the loss.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo with sigmoid: share of pairs believed to be the wrong way round."
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, description="dpo: weight of the chosen answer's mean cross-entropy added to the loss."
+    )
+    desirable_weight: float = Field(1.0, ge=0, description="kto: weight of the chosen answers' losses.")
+    undesirable_weight: float = Field(1.0, ge=0, description="kto: weight of the rejected answers' losses.")
 
 
 class Train(Section):
@@ -141,8 +201,42 @@ class Train(Section):
         "fp16 (with loss scaling). auto: bf16 where the hardware multiplies it, else fp16 on a GPU and "
         "fp32 on a CPU.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
+    memory: Literal["normal", "low", "smallest"] = Field(
+        "normal",
+        description="What the other memory settings default to. low: bf16 weights with stochastic rounding, "
+        "optimizer states of 8 bits, recomputed activations; smallest: also updates in the backward pass.",
+    )
+    optimizer: Optimizer | Auto = Field(
+        "auto",
+        description="adamw; adamw-8bit (its two averages in 8 bits); adamw-offload (averages and fp32 "
+        "weights in host memory, updated there). auto: as train.memory says.",
+    )
+    stochastic_rounding: bool | Auto = Field(
+        "auto",
+        description="bf16-pure: round weights up or down by chance, so that small updates are not lost. "
+        "auto: on with train.memory low or smallest.",
+    )
+    optimizer_in_backward: bool | Auto = Field(
+        "auto",
+        description="Update each weight as soon as its gradient is there and free that gradient; needs "
+        "grad_accumulation 1 and max_grad_norm null. auto: on with train.memory smallest.",
+    )
+    gradient_checkpointing: Checkpointing | bool | Auto = Field(
+        "auto",
+        description="Recompute activations in the backward pass to save memory: none (false), selective "
+        "(all but attention and matrix products), full (true). auto: as train.memory says.",
+    )
+    activation_offload: bool = Field(
+        False, description="Keep the activations that are saved for the backward pass in host memory (GPU)."
+    )
+    compile: bool | Auto = Field(
+        "auto",
+        description="Compile each decoder layer with torch.compile, in place of the fused layers; auto: no, "
+        "those have the fewer passes that it would bring.",
+    )
+    kernels: Literal["torch", "liger"] | Auto = Field(
+        "auto",
+        description="Fused kernels: torch (our own) or liger (GPU); auto: liger on a GPU that has it.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and the order of rows.")
     save_every: Annotated[int, Field(ge=1)] | Auto = Field(
@@ -196,8 +290,28 @@ class Serve(Section):
     )
 
 
+class Parallel(Section):
+    """Several processes, one a GPU."""
+
+    engine: Literal["single", "ddp", "fsdp", "deepspeed"] | Auto = Field(
+        "auto",
+        description="ddp: every process holds the model; fsdp: it is sharded (FSDP2); deepspeed: ZeRO. "
+        "auto: single for one process, ddp for several.",
+    )
+    zero_stage: Literal[2, 3] = Field(
+        3, description="fsdp and deepspeed: 2 shards gradients and optimizer states, 3 also the weights."
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="fsdp and deepspeed: keep optimizer states, or weights too, in host memory."
+    )
+
+
 class Hardware(Section):
     """The machine."""
+
+    processes: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="Processes on this machine; auto: one a GPU, and one without GPUs."
+    )
 
     device: Literal["cpu", "cuda"] | Auto = Field(
         "auto", description="Where to compute; auto: a GPU when there is one."
@@ -221,8 +335,15 @@ class Recipe(Section):
     model: Model
     data: Data
     method: Method = Method()
+    objective: Objective = Objective()
     train: Train = Train()
     eval: Eval = Eval()
     samples: Samples = Samples()
     serve: Serve = Serve()
+    parallel: Parallel = Parallel()
     hardware: Hardware = Hardware()
+    compat: Compat | None = Field(
+        None,
+        description="Token ids, labels, packs, order and learning rates of another tool, for comparison; "
+        "xtuner is short for its defaults.",
+    )

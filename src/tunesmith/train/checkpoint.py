@@ -1,47 +1,48 @@
 """Checkpoints: everything that a run needs to go on exactly, never half, never a pickle.
 
     step-000500/
-      adapter/ (peft's files) or model/ (a transformers folder)   trained weights as they are, fp32 or bf16
-      optimizer.safetensors   AdamW's moments: "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"
-      state.json              counters and the loss scale
-      manifest.json           written last: size and hash of every file
+      weights and optimizer state   as in `train.states`
+      state.json      counters and the loss scale
+      manifest.json   written last: size and hash of every file
 
 No random state is kept: the loop seeds every micro-batch from (seed, step, micro-batch).
 """
 
 from __future__ import annotations
 
-import errno
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from tunesmith.core.errors import RunFailed
+from tunesmith.core.events import DISK_FULL
 from tunesmith.core.paths import free_bytes, new_folder, write_json
-from tunesmith.core.run_folder import MANIFEST, RunFolder, manifest_holds, read_manifest, write_manifest
+from tunesmith.core.run_folder import (
+    MANIFEST,
+    STATE,
+    RunFolder,
+    manifest_holds,
+    read_manifest,
+    write_manifest,
+)
 from tunesmith.core.units import bytes_text
-from tunesmith.model.adapters import save_adapter
-from tunesmith.model.quiet import quiet
-from tunesmith.model.weights import ADAPTER_WEIGHTS, read_json_file
+from tunesmith.model.weights import read_json_file
+from tunesmith.train.engine import Engine
 from tunesmith.train.precision import LossScale
 
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SMALL_FILES_BYTES = 4 * 1024**2
 
 
 @dataclass
 class State:
     """Where a run stands after `step` optimizer steps. step_s: seconds in the steps alone; train_s: also in
-    evaluations, samples and saves. loss: of the last step."""
+    evaluations, samples and saves. loss: of the last step. max_tokens: micro-batches of more are cut, since
+    memory ran out; recent: the losses of the last steps, which tell what a spike is."""
 
     step: int = 0
     tokens: int = 0
@@ -49,42 +50,84 @@ class State:
     step_s: float = 0.0
     train_s: float = 0.0
     loss: float | None = None
+    max_tokens: int | None = None
+    recent: list[float] = field(default_factory=list)
     scale: LossScale = field(default_factory=LossScale)
 
 
-def save(run: RunFolder, state: State, model: Any, optimizer: torch.optim.Optimizer) -> Path:
-    """Write the checkpoint of `state.step`; it gets its name when it is complete and on the disk.
+class SaveFailed(RunFailed):
+    """A checkpoint could not be written; the earlier ones are untouched. Every process raises it."""
 
-    Raises RunFailed when the disk is full; earlier checkpoints are untouched then.
+
+def save(run: RunFolder, state: State, engine: Engine, *, keep: int) -> Path:
+    """Write the checkpoint of `state.step`, then remove all but the newest `keep`.
+
+    Where the disk is full, the checkpoint that would have been removed afterwards goes first. Every process
+    calls it; rank 0 writes. Raises SaveFailed.
     """
-    target = run.checkpoint(state.step)
-    if manifest_holds(target):  # the checkpoint that the run was resumed from
-        return target
-    check_disk(run, model)
-    _unseal(target)
     try:
-        with new_folder(target) as folder:
-            _write_weights(model, folder)
-            save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
-            write_json(folder / STATE, asdict(state))
-            for path in folder.rglob("*"):
-                path.chmod(0o755 if path.is_dir() else 0o644)
-            write_manifest(folder, step=state.step, kind=_kind(model))
-    except (OSError, SafetensorError) as error:
-        raise _save_failed(target, error) from error
+        target = write(run, state, engine)
+    except SaveFailed:
+        if keep == 1:
+            raise
+        _prune(run, keep - 1, engine)
+        target = write(run, state, engine)
+    _prune(run, keep, engine)
     return target
 
 
-def check_disk(run: RunFolder, model: nn.Module) -> None:
-    """Raise RunFailed when the next checkpoint would not fit."""
-    need = checkpoint_bytes(model)
+def write(run: RunFolder, state: State, engine: Engine) -> Path:
+    """Write the checkpoint of `state.step`; it gets its name when it is complete and on the disk.
+
+    Raises SaveFailed, in every process.
+    """
+    target, leads = run.checkpoint(state.step), engine.rank == 0
+    if _agreed(engine, leads and manifest_holds(target)):  # the one that the run was resumed from
+        return target
+    fault = _no_room(run, engine.model) if leads else None
+    if not _agreed(engine, fault is not None):
+        try:
+            _fill(target, state, engine) if leads else engine.write(None)
+        except (OSError, SafetensorError) as error:
+            fault = _save_failed(target, error)
+        if not _agreed(engine, fault is not None):
+            return target
+    raise fault or SaveFailed(f"{target}: rank 0 could not write the checkpoint")
+
+
+def _agreed(engine: Engine, here: bool) -> bool:
+    """Whether it is so in any process."""
+    return engine.sum([float(here)])[0] > 0
+
+
+def _fill(target: Path, state: State, engine: Engine) -> None:
+    _unseal(target)
+    with new_folder(target) as folder:
+        engine.write(folder)
+        write_json(folder / STATE, asdict(state))
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        write_manifest(folder, step=state.step, kind=_kind(engine.model))
+
+
+def _no_room(run: RunFolder, model: nn.Module) -> SaveFailed | None:
+    """Why the next checkpoint would not fit on the disk."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    # Before the first step there is no optimizer state: that checkpoint says nothing about the next.
+    like = [path for path in _by_age(run) if path != run.checkpoint(0)]
+    need = folder_bytes(like[-1]) if like else checkpoint_bytes(model)
     free = free_bytes(run.checkpoints)
-    if free < need:
-        raise RunFailed(
-            f"{run.checkpoints}: a checkpoint needs {bytes_text(need)} of disk, {bytes_text(free)} are free",
-            hint=_disk_hint(run.checkpoints),
-        )
+    if free >= need:
+        return None
+    return SaveFailed(
+        f"{run.checkpoints}: a checkpoint needs {bytes_text(need)} of disk, {bytes_text(free)} are free",
+        hint=_disk_hint(run.checkpoints),
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
@@ -96,45 +139,46 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return frozen + 3 * trained + SMALL_FILES_BYTES
 
 
-def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
-    """Put an unharmed checkpoint's adapter and moments into `model` and `optimizer`.
+def restore(folder: Path, engine: Engine) -> State:
+    """Put an unharmed checkpoint's weights and moments into the engine.
 
     The weights of a full fine-tune are the model itself: load it from `folder / "model"`.
     """
-    if isinstance(model, PeftModel):
-        restore_adapter(folder, model)
-    _load_optimizer(load_file(folder / OPTIMIZER), model, optimizer)
+    engine.read(folder)
     raw = read_json_file(folder / STATE)
     return State(**(raw | {"scale": LossScale(**raw["scale"])}))
 
 
-def restore_adapter(folder: Path, model: PeftModel) -> None:
-    tensors = load_file(folder / "adapter" / ADAPTER_WEIGHTS)
-    try:
-        left = set_peft_model_state_dict(model, tensors)
-    except RuntimeError as error:  # a tensor of another shape
-        raise RunFailed(f"{folder}: its adapter is of another model: {error}") from None
-    missing = [name for name in left.missing_keys if "lora_" in name]
-    if missing or left.unexpected_keys:
-        raise RunFailed(f"{folder}: its adapter is of another model: {(missing + left.unexpected_keys)[0]}")
+def _prune(run: RunFolder, keep: int, engine: Engine) -> None:
+    if engine.rank == 0:
+        prune(run, keep)
 
 
 def prune(run: RunFolder, keep: int) -> None:
     """Remove all but the newest `keep` complete checkpoints."""
-    found = [path for path in run.checkpoints.glob("step-*") if read_manifest(path) is not None]
-    for path in sorted(found, key=lambda p: (len(p.name), p.name))[:-keep]:
+    for path in _by_age(run)[:-keep]:
         _unseal(path)
         shutil.rmtree(path)
 
 
+def _by_age(run: RunFolder) -> list[Path]:
+    """The complete checkpoints, oldest first, unread: one of them may be harmed."""
+    found = [path for path in run.checkpoints.glob("step-*") if read_manifest(path) is not None]
+    return sorted(found, key=lambda p: (len(p.name), p.name))
+
+
 def clear_leftovers(run: RunFolder) -> None:
-    """Remove what killed saves and removals left: half-written folders, and folders without a manifest.
+    """Remove what killed saves, removals and writes left: half-written folders and files, and checkpoints
+    without a manifest.
 
     Only for the holder of the run's lock.
     """
     for path in [*run.checkpoints.glob(".*.partial-*"), *run.checkpoints.glob("step-*")]:
         if path.name.startswith(".") or not (path / MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
+    for written in (run.recipe, run.resolved, run.lock, run.plan, run.report):
+        for half in run.path.glob(f".{written.name}.*"):
+            half.unlink()
 
 
 def _unseal(folder: Path) -> None:
@@ -146,40 +190,10 @@ def _kind(model: Any) -> str:
     return "lora" if isinstance(model, PeftModel) else "full"
 
 
-def _write_weights(model: Any, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        save_adapter(model, folder / "adapter")
-        return
-    with quiet():
-        model.save_pretrained(folder / "model")
-
-
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = _names(model)
-    return {
-        f"{key}/{names[parameter]}": value.detach().cpu().contiguous()
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    owners = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        # A copy of its own: memory mapped from a file is aligned differently, which can change the last bit.
-        optimizer.state[owners[name]][kind] = value.to(owners[name].device, copy=True)
-
-
-def _save_failed(target: Path, error: Exception) -> RunFailed:
+def _save_failed(target: Path, error: Exception) -> SaveFailed:
     # safetensors gives the number in its text only.
     full = any(getattr(error, "errno", None) == n or f"os error {n})" in str(error) for n in DISK_FULL)
-    return RunFailed(
+    return SaveFailed(
         f"{target}: the checkpoint could not be written: {error}; the earlier ones are untouched",
         hint=_disk_hint(target.parent)
         if full

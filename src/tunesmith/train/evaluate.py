@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+
+import torch
 
 from tunesmith.model.batch import Batch
 from tunesmith.model.generate import evaluating
-from tunesmith.model.scoring import document_losses
+from tunesmith.train.objective import Objective, Ranks, Tally
 
 
-def evaluation_loss(model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
-    """(mean loss over all supervised tokens, their number); NaN for none. Every module's mode is restored."""
-    with evaluating(model):
-        found = [pair for batch in batches for pair in document_losses(model, batch)]
-    tokens = sum(count for _, count in found)
-    return (sum(loss for loss, _ in found) / tokens if tokens else float("nan")), tokens
+@dataclass(frozen=True)
+class Evaluation:
+    """loss and measures: means over all units of the batches, NaN for none."""
+
+    loss: float
+    supervised_tokens: int
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+def evaluate(objective: Objective, engine: Ranks, batches: Sequence[Batch]) -> Evaluation:
+    """The objective on held-out batches, shared by all processes. Every module's mode is restored.
+
+    Not in torch's inference mode, whose tensors sharded weights could not be gathered into.
+    """
+    tally = Tally(objective)
+    with evaluating(engine.model), torch.no_grad():
+        for share in engine.shares(batches):
+            tally.add(engine.forward(share.batch), counts=share.counts)
+    units = sum(objective.units(batch) for batch in batches)
+    loss, measures = tally.mean(engine, units) if units else (float("nan"), {})
+    return Evaluation(loss, sum(batch.num_supervised for batch in batches), measures)

@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunesmith.core.errors import Interrupted, RunFailed
 from tunesmith.core.events import EventLog
 from tunesmith.core.progress import Meter, say
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.core.units import bytes_text
-from tunesmith.model import attention
 from tunesmith.model.batch import Batch
 from tunesmith.recipe.schema import Recipe
-from tunesmith.train import checkpoint
-from tunesmith.train.checkpoint import State
-from tunesmith.train.evaluate import evaluation_loss
-from tunesmith.train.fast_lora import speed_up
-from tunesmith.train.loss import loss_sum
+from tunesmith.train import checkpoint, faults
+from tunesmith.train.checkpoint import SaveFailed, State
+from tunesmith.train.engine import Engine, Share, SingleEngine
+from tunesmith.train.evaluate import evaluate
 from tunesmith.train.metrics import TensorBoard, peak_gib
-from tunesmith.train.optim import gradients, make_optimizer, make_schedule, scale_and_clip
-from tunesmith.train.precision import autocast, first_scale
+from tunesmith.train.objective import Objective, Supervised, Tally
+from tunesmith.train.optim import make_schedule
+from tunesmith.train.precision import first_scale
+from tunesmith.train.speed import speed_up
 from tunesmith.train.stop import StopRequest
 
 
@@ -42,9 +42,10 @@ class Task:
     """All that a run is made of.
 
     recipe: resolved; model: trained weights require gradients, attention installed; batches: the
-    micro-batches of a 0-based step; longest: the largest micro-batch of the run; epochs_after: passes over
-    the data after so many steps; sample: answers of the model, as events; resume_command: what a person
-    types to go on.
+    micro-batches of a 0-based step over all processes; longest: the largest micro-batch of the run;
+    epochs_after: passes over the data after so many steps; sample: answers of the model, as events;
+    resume_command: what a person types to go on; objective: what is minimised; lr: learning rate of a 0-based
+    step, if it is not the recipe's schedule.
     """
 
     recipe: Recipe
@@ -57,6 +58,8 @@ class Task:
     eval_batches: Sequence[Batch] = ()
     sample: Callable[[Any], list[dict[str, Any]]] | None = None
     resume_command: str = "tunesmith train RECIPE"
+    objective: Objective = field(default_factory=Supervised)
+    lr: Callable[[int], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,31 +71,43 @@ class StepResult:
     tokens: int
     supervised_tokens: int
     seconds: float
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
     """Runs a task from a checkpoint (or the beginning) to its end: `Trainer(task, events).run()`."""
 
-    def __init__(self, task: Task, events: EventLog) -> None:
-        self.task, self.events, self.model = task, events, task.model
+    def __init__(self, task: Task, events: EventLog, engine: Engine | None = None) -> None:
+        self.task, self.events, self.objective = task, events, task.objective
         self.settings = task.recipe.train
         assert self.settings.precision != "auto"
         self.precision = self.settings.precision
-        speed_up(task.model)
-        self.device = next(task.model.parameters()).device
-        self.optimizer = make_optimizer(task.model, self.settings)
-        self.schedule = make_schedule(self.settings, task.total_steps)
+        self.speed = speed_up(task.model, self.settings)
+        self.engine = engine or SingleEngine(task.model, task.objective, task.recipe)
+        self.device = self.engine.device
+        self.lr = task.lr or make_schedule(self.settings, task.total_steps).lr
         self.state = State(scale=first_scale(self.precision))
         self.board: TensorBoard | None = None
+        self.limits: dict[int, int] = {}
 
     def restore(self, folder: Any) -> None:
         """Go on from a checkpoint that has been found whole."""
-        self.state = checkpoint.restore(folder, self.model, self.optimizer)
+        self.state = checkpoint.restore(folder, self.engine)
         self.events.write("resume", step=self.state.step, checkpoint=str(folder))
 
     def run(self) -> State:
         """Train to the last step. Raises RunFailed or Interrupted; the last checkpoint is good then."""
-        self.model.train()
+        try:
+            return self.train()
+        except RunFailed as error:
+            self.events.write("end", status="failed", step=self.state.step, what=error.what)
+            raise
+
+    def train(self) -> State:
+        self.events.write("speed", **self.speed.as_dict())
+        self.engine.model.train()
+        self.limits = faults.earlier_limits(self.engine, self.task.run.events, self.state.step)
+        self.objective.prepare(self.engine, self.task.run, begun=self.state.step > 0)
         self.try_longest_batch()
         with StopRequest() as stop, self.progress() as meter:
             began = time.perf_counter() - self.state.train_s
@@ -102,75 +117,132 @@ class Trainer:
                 result = self.step(self.task.batches(self.state.step))
                 self.state.train_s = time.perf_counter() - began
                 self.log(result, meter)
-                self.duties(stop=stop.signal_number is not None)
+                asked = self.agreed(stop.signal_number)
+                self.duties(stop=asked is not None)
                 self.state.train_s = time.perf_counter() - began
-                if stop.signal_number and self.state.step < self.task.total_steps:
-                    raise self.interrupted(stop.signal_number)
+                if asked and self.state.step < self.task.total_steps:
+                    raise self.interrupted(asked)
         return self.state
+
+    def agreed(self, signal_number: int | None) -> int | None:
+        """The signal that asked any process to stop: all of them stop after the same step."""
+        if self.engine.num_ranks == 1:
+            return signal_number
+        asked = self.engine.sum([float(signal_number is not None)])[0] > 0
+        return (signal_number or signal.SIGTERM) if asked else None
 
     # -- one step --------------------------------------------------------------------------------------
 
     def step(self, batches: list[Batch]) -> StepResult:
-        """One optimizer step on the micro-batches' summed gradients; its loss is the mean over all labels."""
+        """One optimizer step on the micro-batches' summed gradients; its loss is the mean over all units."""
         began = time.perf_counter()
-        supervised = sum(batch.num_supervised for batch in batches)
-        loss = sum(self.backward(batch, micro, supervised) for micro, batch in enumerate(batches))
+        lr = self.lr(self.state.step)
+        loss, measures = self.within_memory(batches, lr=lr)
         self.check_finite("loss", loss, batches)
-        lr = self.schedule.lr(self.state.step)
-        norm = self.update(lr, batches)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.watch(loss, batches)
+        norm = self.update(batches)
+        self.engine.drop_gradients()
         tokens = sum(batch.num_tokens for batch in batches)
+        supervised = sum(batch.num_supervised for batch in batches)
         seconds = time.perf_counter() - began
         self.count(loss, tokens, supervised, seconds)
-        return StepResult(loss, lr, norm, not math.isfinite(norm), tokens, supervised, seconds)
+        return StepResult(loss, lr, norm, not math.isfinite(norm), tokens, supervised, seconds, measures)
 
-    def backward(self, batch: Batch, micro: int, supervised: int) -> float:
-        """Add the gradient of one micro-batch; its share of the step's loss."""
-        seed_everything(self.settings.seed, self.state.step, micro)
-        with autocast(self.precision, self.device):
-            total = self.forward(batch)
-        (total * (self.state.scale.scale / supervised)).backward()
-        return float(total.detach()) / supervised
+    def within_memory(self, batches: Sequence[Batch], lr: float | None) -> tuple[float, dict[str, float]]:
+        """`backward` on the batches, again with smaller ones as long as memory runs out.
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The summed loss over a micro-batch's labels."""
-        input_ids = torch.from_numpy(batch.input_ids).to(self.device)[None]
-        positions = torch.from_numpy(batch.positions).to(self.device)[None]
-        layout = attention.PackedLayout(batch.starts)
-        hidden = attention.hidden_states(self.model, input_ids, positions, layout)
-        return loss_sum(attention.lm_head(self.model), hidden, torch.from_numpy(batch.labels).to(self.device))
+        lr: of the step; None for a trial that no update follows. Returns the loss and the measures, means
+        over all units. Raises RunFailed when a single document is too much.
+        """
+        units = max(1, sum(self.objective.units(batch) for batch in batches))
+        state = self.state
+        state.max_tokens = self.limits.pop(state.step + 1, state.max_tokens)
+        while True:
+            pieces = faults.cut(batches, state.max_tokens)
+            if lr is not None:
+                self.engine.begin(lr, _seed_of(self.settings.seed, state.step, -1))
+            tally = Tally(self.objective)
+            reason = self.backward(pieces, units, tally)
+            if self.engine.sum([float(reason is not None)])[0] == 0:
+                return tally.mean(self.engine, units)
+            self.make_room(pieces, reason or "another process ran out of memory")
 
-    def update(self, lr: float, batches: list[Batch]) -> float:
+    def backward(self, batches: Sequence[Batch], units: int, tally: Tally) -> str | None:
+        """Add the gradients of all micro-batches. Returns what was said when memory ran out."""
+        shares = self.engine.shares(batches)
+        for share in shares:
+            reason = None
+            try:
+                self.add_gradients(share, units, tally, last=share is shares[-1])
+            except (RuntimeError, MemoryError) as error:
+                if not faults.is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            if reason and (not self.engine.retries or share.batch.num_documents == 1):
+                raise faults.too_large(share.batch, reason, self.task.recipe, self.state.step + 1)
+            if reason:
+                return reason
+        return None
+
+    def add_gradients(self, share: Share, units: int, tally: Tally, *, last: bool) -> None:
+        seed_everything(self.settings.seed, self.state.step, share.number)
+        loss = self.engine.forward(share.batch)
+        factor = self.state.scale.scale / units if share.counts else 0.0
+        self.engine.backward(loss * factor, last=last)
+        tally.add(loss, counts=share.counts)
+
+    def make_room(self, batches: Sequence[Batch], reason: str) -> None:
+        """After a step that ran out of memory, in this process or another: smaller micro-batches from now."""
+        self.engine.drop_gradients()
+        self.objective.drain()
+        faults.release_memory()
+        step, largest = self.state.step + 1, max(batch.num_tokens for batch in batches)
+        limit = self.state.max_tokens = faults.smaller(batches)
+        self.events.write("out_of_memory", step=step, tokens=largest, max_tokens=limit, what=reason)
+        say(
+            f"step {step}: out of memory with micro-batches of up to {largest:,} tokens: those of more than "
+            f"{limit:,} are cut from now on, and the same rows are taken again"
+        )
+
+    def update(self, batches: list[Batch]) -> float:
         """Clip and take the optimizer step. Returns the gradients' norm before it, infinite if skipped."""
         scale = self.state.scale
-        norm = scale_and_clip(
-            gradients(self.optimizer), divide_by=scale.scale, max_norm=self.settings.max_grad_norm
-        )
+        norm = self.engine.update(divide_by=scale.scale, max_norm=self.settings.max_grad_norm)
         if not math.isfinite(norm) and scale.can_fall:
             scale.overflowed()
             return math.inf
         self.check_finite("gradient norm", norm, batches)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
         scale.went_well()
         return norm
 
-    def check_finite(self, what: str, value: float, batches: list[Batch]) -> None:
+    def check_finite(self, what: str, value: float, batches: Sequence[Batch]) -> None:
         """Stop before the weights are touched."""
         if math.isfinite(value):
             return
-        step = self.state.step + 1
-        rows = sorted({row for batch in batches for row in batch.rows})
-        shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-        self.events.write("warning", step=step, what=f"{what} is {value}", rows=rows)
-        last = self.task.run.latest_checkpoint()
+        measure = faults.row_losses if what == "loss" else faults.row_gradients
+        rows = measure(self.engine, self.objective, batches)
+        step, last = self.state.step + 1, self.task.run.latest_checkpoint()
+        self.warn(step, f"the {what} is {value}", rows)
         raise RunFailed(
-            f"step {step}: the {what} is {value}; the step's rows are {shown}. The weights were not touched"
-            + (f"; the last good checkpoint is {last}" if last else ""),
-            hint="look at those rows with 'tunesmith data show', lower train.lr (half of it), set "
-            "train.max_grad_norm: 1.0, or use precision bf16 or fp32; then train with --fresh",
+            f"step {step}: the {what} is {value}; its rows, the worst first: {faults.rows_text(rows)}. "
+            "The weights were not touched" + (f"; the last good checkpoint is {last}" if last else ""),
+            hint="look at those rows, lower train.lr (half of it), set train.max_grad_norm: 1.0, or use "
+            "precision bf16 or fp32; then train with --fresh",
         )
+
+    def watch(self, loss: float, batches: Sequence[Batch]) -> None:
+        """Name the rows of a loss that stands out."""
+        if faults.is_spike(loss, self.state.recent):
+            rows = faults.row_losses(self.engine, self.objective, batches)
+            usual = faults.usual(self.state.recent)
+            self.warn(self.state.step + 1, f"the loss is {loss:.4f}, where {usual:.4f} is usual", rows)
+        self.state.recent = faults.remember(loss, self.state.recent)
+
+    def warn(self, step: int, what: str, rows: Sequence[faults.Measured] = ()) -> None:
+        named = {"rows": [asdict(row) for row in rows]} if rows else {}
+        self.events.write("warning", step=step, what=what, **named)
+        worst = f"; its rows, the worst first: {faults.rows_text(rows)}" if rows else ""
+        say(f"warning: step {step}: {what}{worst}")
 
     def count(self, loss: float, tokens: int, supervised: int, seconds: float) -> None:
         state = self.state
@@ -183,29 +255,10 @@ class Trainer:
 
     def try_longest_batch(self) -> None:
         """Forward and backward on the largest micro-batch, so that memory ends now or not at all."""
-        longest = self.task.longest
         try:
-            self.backward(longest, 0, max(1, longest.num_supervised))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise self.out_of_memory(error) from error
+            self.within_memory([self.task.longest] * self.engine.num_ranks, lr=None)
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def out_of_memory(self, error: BaseException) -> RunFailed:
-        train, longest = self.settings, self.task.longest
-        remedies = [
-            *(["train.micro_batch_size=1"] if train.micro_batch_size > 1 else []),
-            *(["train.gradient_checkpointing=true"] if not train.gradient_checkpointing else []),
-            "a smaller data.max_length",
-            *(["method.type=lora"] if self.task.recipe.method.type == "full" else []),
-        ]
-        return RunFailed(
-            f"the longest batch ({longest.num_tokens} tokens) does not fit into the memory of {self.device}: "
-            f"{str(error).splitlines()[0]}",
-            hint=f"try, in this order: {', '.join(remedies)}",
-        )
+            self.engine.drop_gradients()
 
     def duties(self, *, begun: bool = True, stop: bool = False) -> None:
         """Evaluate, sample and save when due. Saving comes last: what stands before it is done by then."""
@@ -220,28 +273,39 @@ class Trainer:
         ):
             self.show_samples(self.task.sample)
         if not begun or last or stop or _is_due(self.settings.save_every, step):
-            self.save()
+            self.save(must=not begun or last or stop)
 
     def evaluate(self) -> None:
         began = time.perf_counter()
-        with autocast(self.precision, self.device):
-            loss, tokens = evaluation_loss(self.model, self.task.eval_batches)
-        seconds = time.perf_counter() - began
-        self.events.write("eval", step=self.state.step, loss=loss, supervised_tokens=tokens, seconds=seconds)
-        self.plot([("eval/loss", loss)])
-        say(f"step {self.state.step}: held-out loss {loss:.4f}")
+        found = evaluate(self.objective, self.engine, self.task.eval_batches)
+        fields: dict[str, Any] = {"loss": found.loss, "supervised_tokens": found.supervised_tokens}
+        fields |= {"seconds": time.perf_counter() - began} | found.measures
+        self.events.write("eval", step=self.state.step, **fields)
+        self.plot([("eval/loss", found.loss), *((f"eval/{k}", v) for k, v in found.measures.items())])
+        told = "".join(f", {name} {value:.4f}" for name, value in found.measures.items())
+        say(f"step {self.state.step}: held-out loss {found.loss:.4f}{told}")
 
     def show_samples(self, sample: Callable[[Any], list[dict[str, Any]]]) -> None:
-        for answer in sample(self.model):
+        with self.engine.whole_model() as model:
+            answers = sample(model)
+        for answer in answers:
             self.events.write("sample", step=self.state.step, **answer)
             say(f"step {self.state.step}: {answer['prompt']!r} -> {answer['answer']!r}")
 
-    def save(self) -> None:
-        began = time.perf_counter()
-        folder = checkpoint.save(self.task.run, self.state, self.model, self.optimizer)
-        checkpoint.prune(self.task.run, self.settings.keep_checkpoints)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        seconds = time.perf_counter() - began
+    def save(self, *, must: bool) -> None:
+        """Raises SaveFailed if it `must` be; otherwise training goes on to the next save."""
+        began, run, keep = time.perf_counter(), self.task.run, self.settings.keep_checkpoints
+        try:
+            folder = checkpoint.save(run, self.state, self.engine, keep=keep)
+        except SaveFailed as error:
+            if must:
+                raise
+            last = run.latest_checkpoint()
+            self.warn(self.state.step, f"{error.what}; training goes on, and the last good one is {last}")
+            return
+        if self.engine.rank > 0:
+            return
+        size, seconds = checkpoint.folder_bytes(folder), time.perf_counter() - began
         self.events.write("checkpoint", step=self.state.step, path=str(folder), bytes=size, seconds=seconds)
 
     def log(self, result: StepResult, meter: Meter) -> None:
@@ -262,13 +326,14 @@ class Trainer:
             "tokens_per_s": round(rate, 1),
             "step_s": round(result.seconds, 4),
             "peak_gib": round(peak_gib(self.device), 3),
+            **result.measures,
         }
         overflow = {"skipped": True, "loss_scale": self.state.scale.scale} if result.skipped else {}
         self.events.write("step", **fields, **overflow)
         self.plot([(f"train/{name}", fields[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")])
 
     def plot(self, values: list[tuple[str, Any]]) -> None:
-        if not self.settings.tensorboard:
+        if not self.settings.tensorboard or self.engine.rank > 0:
             return
         if self.board is None:
             self.board = TensorBoard(self.task.run.path / "tensorboard", first_step=self.state.step)
@@ -284,7 +349,7 @@ class Trainer:
         return Interrupted(
             signal_number,
             f"stopped by signal {signal_number} after step {state.step} of {total}; saved as {folder} "
-            f"({bytes_text(sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()))})",
+            f"({bytes_text(checkpoint.folder_bytes(folder))})",
             hint=f"go on with: {self.task.resume_command}",
         )
 
@@ -295,10 +360,9 @@ def _is_due(every: int | str, step: int) -> bool:
 
 def seed_everything(seed: int, step: int, micro: int) -> None:
     """Give torch the random state of one micro-batch: a function of its numbers, whatever came before."""
+    torch.manual_seed(_seed_of(seed, step, micro))
+
+
+def _seed_of(seed: int, step: int, micro: int) -> int:
     digest = hashlib.sha256(f"{seed} {step} {micro}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.model.batch import IGNORE
+from tunesmith.model.fast_math import row_blocks
 
-# Elements of the largest logits chunk: 64 MiB in fp32.
+# Elements of the largest logits chunk: 64 MiB in fp32; twice that where every chunk is also added into the
+# gradient of the head's weight, which costs a pass over all of it.
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -59,49 +61,78 @@ class _ChunkedLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight_VD, dtype=exact) if wanted[1] else None
         d_bias = torch.zeros_like(bias_V, dtype=exact) if wanted[2] and bias_V is not None else None
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
-        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        rows = max(1, CHUNK_ELEMENTS * (2 if wanted[1] else 1) // len(weight))
         for at in range(0, len(hidden_ND), rows):
-            hidden = hidden_ND[at : at + rows]
+            part = slice(at, at + rows)
+            hidden = hidden_ND[part]
             logits = F.linear(hidden, weight, bias).to(exact)
-            total += _loss_into_gradient(logits, targets_N[at : at + rows], any(wanted))
-            if not any(wanted):
-                continue
-            d_logits = logits.to(dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[at : at + rows])
-            if d_weight is not None:
-                d_weight += d_logits.T @ hidden
-            if d_bias is not None:
-                d_bias += logits.sum(0)
+            losses, sums = _losses_into_gradient(logits, targets_N[part])
+            total += losses.sum()
+            if any(wanted):
+                _spread(
+                    logits,
+                    sums,
+                    hidden,
+                    weight,
+                    (None if d_hidden is None else d_hidden[part], d_weight, d_bias),
+                )
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        # In place: d_weight is the largest tensor of a step. A second backward pass raises, as it must.
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         scale = grads[0]
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * scale).to(weight_dtype),
-            None if d_bias is None else (d_bias * scale).to(bias_dtype),
+            None if d_hidden is None else d_hidden.mul_(scale),
+            None if d_weight is None else d_weight.mul_(scale).to(weight_dtype),
+            None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None,
             None,
         )
 
 
-def _loss_into_gradient(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """The summed loss of a chunk [n, V]; with `gradient`, `logits` become the loss's gradient in place."""
-    at_target = logits.gather(1, targets[:, None]).squeeze(1)
-    highest = logits.amax(1, keepdim=True)
-    logits.sub_(highest).exp_()
-    sums = logits.sum(1, keepdim=True)
-    loss = (sums.log() + highest).squeeze(1) - at_target
-    if gradient:
-        logits.div_(sums)
-        logits[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return loss.sum()
+def _losses_into_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses [n], sums [n, 1]) of a chunk's logits [n, V], which become the gradient times `sums`, in place.
+
+    Worked out in blocks of rows that stay in a core's cache.
+    """
+    losses, sums = logits.new_empty(len(logits)), logits.new_empty(len(logits), 1)
+    for rows in row_blocks(logits):
+        block, target = logits[rows], targets[rows, None]
+        at_target = block.gather(1, target)
+        highest = block.amax(1, keepdim=True)
+        sums[rows] = block.sub_(highest).exp_().sum(1, keepdim=True)
+        losses[rows] = (sums[rows].log() + highest - at_target)[:, 0]
+        block.scatter_add_(1, target, -sums[rows])
+    return losses, sums
+
+
+def _spread(
+    scaled: Tensor,
+    sums: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    into: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Carry the gradient of a chunk's logits, `scaled` / `sums`, on into those of hidden, weight and bias."""
+    d_hidden, d_weight, d_bias = into
+    if scaled.dtype != hidden.dtype:  # divided before it is rounded
+        scaled = scaled.div_(sums)
+        sums = torch.ones_like(sums)
+    if d_bias is not None:
+        d_bias += (scaled / sums).sum(0)
+    d_logits = scaled.to(hidden.dtype)
+    if d_hidden is not None:
+        torch.mm(d_logits, weight, out=d_hidden)
+        d_hidden.div_(sums)
+    if d_weight is not None and d_weight.dtype == hidden.dtype:
+        d_weight.addmm_(d_logits.T, hidden / sums)
+    elif d_weight is not None:
+        d_weight += d_logits.T @ hidden
 
 
 def _module_loss(hidden_ND: Tensor, head: nn.Module, targets_N: Tensor) -> Tensor:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.core.errors import MissingExtra
 from tunesmith.core.events import read_events
 from tunesmith.core.units import GIB
 
+if TYPE_CHECKING:
+    import torch
+
 
 def peak_gib(device: torch.device) -> float:
     """Highest memory so far: of the GPU's allocator, or on a CPU of the whole process."""
     if device.type == "cuda":
+        import torch  # slow to load: who only reads curves does not need it
+
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 

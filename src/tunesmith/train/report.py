@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core.events import read_events
 from tunesmith.core.units import bytes_text, duration_text
 from tunesmith.train.metrics import final_events
+
+WORST_ROWS = 5
 
 
 def report(name: str, events: Path, plan: dict[str, Any], result: dict[str, Any]) -> str:
     """The page. plan: as in plan.json; result: the fields of the `end` event."""
     evals = final_events(events, "eval")
-    parts = [f"# {name}\n", _measured(plan, result, events), _losses(evals, events), _samples(events)]
+    parts = [
+        f"# {name}\n",
+        _measured(plan, result, events),
+        _losses(evals, events),
+        _samples(events),
+        _trouble(events),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -50,6 +59,21 @@ def _samples(events: Path) -> str:
         prompts.setdefault(str(event["prompt"]), []).append(str(event["answer"]))
     rows = [(prompt, answers[0], answers[-1]) for prompt, answers in prompts.items()]
     return "## Answers\n\n" + _table(("prompt", "before", "after"), rows) if rows else ""
+
+
+def _trouble(events: Path) -> str:
+    """What did not go as planned, in the order in which it came; nothing when all did."""
+    rows: list[tuple[Any, ...]] = []
+    for event in read_events(events):
+        if event["event"] == "resume":
+            rows.append((event["step"], "the run was resumed"))
+        elif event["event"] == "out_of_memory":
+            told = f"micro-batches of more than {event['max_tokens']:,} tokens are cut from here on"
+            rows.append((event["step"], f"out of memory: {told}"))
+        elif event["event"] == "warning" and "step" in event:
+            worst = ", ".join(str(row["row"]) for row in event.get("rows", [])[:WORST_ROWS])
+            rows.append((event["step"], event["what"] + (f"; the worst rows: {worst}" if worst else "")))
+    return "## What happened on the way\n\n" + _table(("step", "what"), rows) if rows else ""
 
 
 def _loss(event: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,28 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import cache_dir
 from tunesmith.data.batches import StepPlan
-from tunesmith.data.prepare import Prepared, malformed, peek, prepare
+from tunesmith.data.mismatch import MismatchedStore
+from tunesmith.data.prepare import Prepared, malformed, peek, prepare, system_of
 from tunesmith.data.readers import open_source
 from tunesmith.data.tokens import RowEncoder
 from tunesmith.hub.sources import resolve_model
 from tunesmith.model.load import context_length, load_config, load_tokenizer
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.resolve import MAX_LENGTH
-from tunesmith.recipe.schema import Data, Recipe, Train
+from tunesmith.recipe.schema import Data, Objective, Recipe, Train
 
 QUANTILES = (0.5, 0.9, 0.99)
+ANSWERS = {"sft": 1, "dpo": 2, "orpo": 2, "kto": 3}  # of a row, each behind its prompt
 
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens that are all supervised, or all not, as text."""
+    """Neighbouring tokens that are all supervised, or all not, as text. part: of a row with two answers,
+    prompt, chosen or rejected; else empty."""
 
     text: str
     supervised: bool
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,22 +59,25 @@ def show_rows(recipe_path: Path, overrides: list[str], *, count: int, source: in
 
     Raises UserError as `check_data` does, but reads no more than it shows.
     """
-    _, data, tokenizer = _opened(recipe_path, overrides)
+    recipe, data, tokenizer = _opened(recipe_path, overrides)
+    pairs = recipe.objective.type != "sft"
     if not 0 <= source < len(data.sources):
         raise UserError(f"--source {source}: the recipe has sources 0 to {len(data.sources) - 1}")
     shown: list[ShownRow] = []
     for file in open_source(data.sources[source], f"data.sources.{source}"):
-        shape, rows = peek(file, data.sources[source], f"data.sources.{source}")
+        shape, rows = peek(file, data.sources[source], f"data.sources.{source}", pairs=pairs)
         taken = list(islice(rows, count - len(shown)))
-        chunk = RowEncoder(tokenizer, shape, data.system).chunk(taken)
+        chunk = RowEncoder(tokenizer, shape, system_of(data.sources[source], data)).chunk(taken)
         if chunk.faults:
             raise malformed(file, shape, chunk.faults, len(taken))
         ends = np.cumsum(chunk.arrays["lengths"])
         for i, number in enumerate(chunk.arrays["numbers"].tolist()):
             span = slice(int(ends[i] - chunk.arrays["lengths"][i]), int(ends[i]))
             ids, mask = chunk.arrays["ids"][span].tolist(), chunk.arrays["mask"][span].tolist()
-            fate = _fate(len(ids), sum(mask), data)
-            spans = _spans(ids, mask, tokenizer)
+            branches = chunk.arrays["branches"][i].tolist()
+            longest = branches[0] + max(branches[1:]) if pairs else len(ids)
+            fate = _fate(longest, sum(mask), data)
+            spans = _spans_of_parts(ids, mask, branches, tokenizer) if pairs else _spans(ids, mask, tokenizer)
             shown.append(ShownRow(file.name, number, shape.format, len(ids), sum(mask), fate, spans, ids))
         if len(shown) >= count:
             break
@@ -83,8 +90,8 @@ def check_data(recipe_path: Path, overrides: list[str]) -> dict[str, Any]:
     Raises UserError for a recipe or data that cannot be trained on.
     """
     recipe, data, tokenizer = _opened(recipe_path, overrides)
-    prepared = prepare(data, tokenizer, cache_dir=cache_dir())
-    plan = step_plan(prepared, data, recipe.train)
+    prepared = prepared_rows(recipe, data, tokenizer)
+    plan = step_plan(prepared, data, recipe.train, recipe.objective)
     totals = plan.totals(0, plan.steps_per_epoch)
     found = prepared.as_dict()
     found["warnings"] = found["warnings"] + plan.warnings
@@ -103,13 +110,29 @@ def check_data(recipe_path: Path, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def step_plan(prepared: Prepared, data: Data, train: Train) -> StepPlan:
-    """The optimizer steps of a recipe; `data.max_length` must be a number."""
+def prepared_rows(recipe: Recipe, data: Data, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The rows as the recipe's objective learns them: with one answer each, or with two, of which kto's have
+    one to another prompt behind them. Raises UserError for what is wrong with them."""
+    pairs = recipe.objective.type != "sft"
+    prepared = prepare(data, tokenizer, cache_dir=cache_dir(), pairs=pairs)
+    if recipe.objective.type != "kto":
+        return prepared
+    if len(prepared.train) == 1:
+        raise UserError(
+            "objective.type: kto compares answers across prompts, and there is one pair alone",
+            hint="give more rows, or set objective.type to dpo",
+        )
+    return replace(prepared, train=MismatchedStore(prepared.train), eval=MismatchedStore(prepared.eval))
+
+
+def step_plan(prepared: Prepared, data: Data, train: Train, objective: Objective) -> StepPlan:
+    """The optimizer steps of a recipe. `data.max_length` must be a number, and bounds a prompt with one
+    answer: a pack has so many tokens for each answer of a row."""
     assert data.max_length != "auto"
     return StepPlan(
         prepared.train,
         packing=data.packing,
-        max_length=data.max_length,
+        max_length=data.max_length * ANSWERS[objective.type],
         micro_batch_size=train.micro_batch_size,
         grad_accumulation=train.grad_accumulation,
         seed=train.seed,
@@ -120,13 +143,21 @@ def step_plan(prepared: Prepared, data: Data, train: Train) -> StepPlan:
 
 def _opened(recipe_path: Path, overrides: list[str]) -> tuple[Recipe, Data, PreTrainedTokenizerBase]:
     recipe = load_recipe(recipe_path, overrides)
+    if recipe.compat is not None:
+        raise UserError(
+            "compat: rows are shown and counted as this tool trains them, not as another one does",
+            hint="--set compat=null shows them without it; 'tunesmith train --dry-run' counts them with it",
+        )
     model = recipe.model
     files = resolve_model(
         model.path, revision=model.revision, endpoints=model.endpoint, offline=model.offline
     )
     template = Path(model.chat_template) if model.chat_template else None
     tokenizer = load_tokenizer(
-        files.tokenizer, chat_template=template, trust_remote_code=model.trust_remote_code
+        files.tokenizer,
+        chat_template=template,
+        trust_remote_code=model.trust_remote_code,
+        new_tokens=model.new_tokens,
     )
     limit = context_length(load_config(files.folder, trust_remote_code=model.trust_remote_code))
     return recipe, _with_length(recipe.data, limit), tokenizer
@@ -153,6 +184,17 @@ def _fate(tokens: int, supervised: int, data: Data) -> str:
         told = {"drop": "dropped", "truncate": "truncated", "error": "an error"}[data.too_long]
         return f"{told}: longer than {data.max_length} tokens"
     return "used"
+
+
+def _spans_of_parts(
+    ids: list[int], mask: list[bool], branches: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Span]:
+    spans, at = [], 0
+    for part, count in zip(("prompt", "chosen", "rejected"), branches, strict=True):
+        found = _spans(ids[at : at + count], mask[at : at + count], tokenizer)
+        spans += [replace(span, part=part) for span in found]
+        at += count
+    return spans
 
 
 def _spans(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[Span]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.core.errors import UserError
-from tunesmith.data.formats import Dialogue, RowError
+from tunesmith.data.dialogue import Dialogue, RowError
 from tunesmith.data.prepare import malformed, peek
 from tunesmith.data.readers import BadRow, RowFile, open_source
 from tunesmith.model.batch import IGNORE, Batch, join

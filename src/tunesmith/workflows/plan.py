@@ -13,7 +13,7 @@ from torch import nn
 from tunesmith.core.errors import PlanRefused
 from tunesmith.core.units import bytes_text
 from tunesmith.model.hardware import DTYPES
-from tunesmith.plan.disk import DiskPlan, checkpoint_bytes, plan_disk
+from tunesmith.plan.disk import DiskPlan, checkpoint_bytes, plan_disk, state_bytes
 from tunesmith.plan.work import WorkPlan, matmul_flops, seconds_for
 from tunesmith.recipe.schema import Recipe
 
@@ -71,7 +71,7 @@ def _work(recipe: Recipe, model: nn.Module, steps: int, tokens: int, supervised:
         head=head,
         trained_body=trained_body,
         full=full,
-        recompute=recipe.train.gradient_checkpointing,
+        recompute=recipe.train.gradient_checkpointing == "full",
     )
     device = next(model.parameters()).device
     assert recipe.train.precision != "auto"
@@ -98,10 +98,13 @@ def _matrices(model: nn.Module, *, full: bool) -> tuple[int, int, int]:
 
 def _disk(recipe: Recipe, model: nn.Module, steps: int, run: Path, present_bytes: int) -> DiskPlan:
     trained = [p for p in model.parameters() if p.requires_grad]
+    stored = model.parameters() if recipe.method.type == "full" else trained
     num_trained = sum(p.numel() for p in trained)
-    pure = recipe.train.precision == "bf16-pure"
+    assert recipe.train.optimizer != "auto"
     checkpoint = checkpoint_bytes(
-        num_trained, weight_bytes=2 if pure else 4, optimizer_bytes=2 if pure else 4
+        sum(p.numel() * p.element_size() for p in stored),
+        num_trained,
+        state_bytes(recipe.train.optimizer, trained[0].element_size()),
     )
     assert recipe.train.save_every != "auto"
     saves = -(-steps // recipe.train.save_every)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,22 @@ def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_dir() == tmp_path / "home" / ".cache" / "tunesmith"
+
+
+def test_what_a_killed_writer_left_goes_and_a_living_one_stays(tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    code = """
+import os, sys, signal
+from pathlib import Path
+from tunesmith.core.paths import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -9
+    (left,) = tmp_path.iterdir()
+    with new_folder(target) as folder:
+        assert not left.exists()
+        with new_folder(target) as other:
+            assert folder.is_dir() and other.is_dir()
+    assert list(tmp_path.iterdir()) == [target]

@@ -21,6 +21,7 @@ def rows_of(lengths: list[int], *, first_token: int = 100) -> Rows:
         numbers=np.arange(1, count + 1),
         digests=np.stack([np.arange(count), np.arange(count)], axis=1).astype(np.uint64),
         marks=np.zeros((count, 4), dtype=np.uint16),
+        branches=np.zeros((count, 3), dtype=np.int64),
         format="text",
     )
 

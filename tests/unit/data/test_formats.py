@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tunesmith.core.errors import UserError
-from tunesmith.data.formats import Dialogue, RowError, RowShape, shape_of
+from tunesmith.data.dialogue import Dialogue, RowError
+from tunesmith.data.formats import RowShape, shape_of
 
 CALL = {"name": "add", "arguments": {"a": 1}}
 PLAIN_CALL = {"type": "function", "function": CALL}

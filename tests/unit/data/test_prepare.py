@@ -272,7 +272,7 @@ def test_the_second_time_comes_from_the_cache_and_is_the_same(work: Work) -> Non
     assert [p.counts[0].from_cache for p in (first, second)] == [False, True]
     assert ids_of(first.train) == ids_of(second.train)
     assert ids_of(first.eval) == ids_of(second.eval)
-    assert isinstance(second.train._picks[0].part.ids, np.memmap)
+    assert isinstance(second.train.picks[0].part.ids, np.memmap)
 
 
 def test_settings_that_do_not_change_tokens_share_the_cache(work: Work) -> None:

@@ -169,3 +169,51 @@ def test_hub_snapshot_is_named_by_id_and_commit(tiny: Path, tmp_path: Path) -> N
     save_adapter(lora(base(snapshot)), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "a" * 40)
+
+
+WHOLE = [["input_layernorm", "mlp"], ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
+
+
+@pytest.mark.parametrize("changes", [{"dora": True}, *({"modules_to_save": names} for names in WHOLE)])
+def test_kinds_come_back_and_merge(tiny: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    wrapped = lora(base(tiny), **changes)
+    trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert len(trained) > (14 if changes.get("dora") else 0)
+    for name in trained:
+        stir(wrapped, std=0.05, seed=0, only=name)
+    logits = wrapped.eval()(IDS).logits
+    save_adapter(wrapped, tmp_path / "adapter")
+    ours = load_adapter(base(tiny), tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(base(tiny), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(ours(IDS).logits, logits, rtol=0, atol=0)
+    torch.testing.assert_close(theirs(IDS).logits, logits, rtol=0, atol=0)
+    assert not any(p.requires_grad for p in ours.parameters())
+    merged = merge_adapter(ours)
+    torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert merged.config.tie_word_embeddings
+    assert (merged.lm_head.in_features, merged.lm_head.out_features) == (64, 49152)
+    assert merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_merged_low_rank_head_leaves_the_tied_embeddings(tiny: Path, tmp_path: Path) -> None:
+    wrapped = lora(base(tiny), targets=["lm_head"])
+    stir(wrapped, std=0.1, seed=0, only="lora_B")
+    logits = wrapped.eval()(IDS).logits
+    merged = merge_adapter(wrapped)
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_model(tmp_path / "merged", dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(again(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again.model.embed_tokens.weight, base(tiny).model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules_to_save": ["embed_token"]}, "no module of the model is named 'embed_token'"),
+        ({"modules_to_save": ["layers"]}, "'layers' is a list of modules"),
+        ({"modules_to_save": ["q_proj"], "targets": ["q_proj"]}, "'q_proj' is in method.targets too"),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole(tiny: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        lora(base(tiny), **changes)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,26 @@ def test_precision_on_a_cpu_follows_its_instructions(monkeypatch: pytest.MonkeyP
     assert hardware.pick_training_precision("auto", cpu) == ("bf16" if native else "fp32")
     assert hardware.pick_serving_dtype("auto", cpu) == torch.float32
     assert hardware.pick_serving_dtype("fp16", cpu) == torch.float16
+
+
+def test_freed_memory_is_taken_again() -> None:
+    """In a process of its own: blocks of many sizes, freed and taken again, come from pages already there."""
+    code = (
+        "import resource, torch\n"
+        "from tunesmith.model.hardware import keep_freed_memory\n"
+        "assert keep_freed_memory()\n"
+        "def use():\n"
+        "    for size in range(1, 9): torch.ones(size << 20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "use(), use()\n"
+        "before = use()\n"
+        "print(use() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    faults = int(done.stdout)
+    # Without it the 36 million numbers touch 35,000 new pages of 4 KiB every time.
+    assert faults < 1000
+
+
+def test_liger_is_for_gpus() -> None:
+    assert hardware.pick_kernels(torch.device("cpu")) == "torch"

@@ -21,6 +21,7 @@ from tunesmith.model.template import encode_dialogue, encode_prompt
         "a<|endoftext|>b<|im_end|><|im_end|>c",
         "\U000f0000<|im_end|>\U000f0001",
         "\ue000 <|im_end|>",
+        "Gr\u00f6\u00dfe \U000f0003",
     ],
 )
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])

@@ -52,13 +52,15 @@ def test_full_fine_tuning_gets_its_own_rate() -> None:
     assert resolve(recipe(method={"type": "full"}), FACTS).train.lr == 2e-5
 
 
-def test_lengths_beyond_the_model_and_qlora_are_refused() -> None:
+def test_lengths_beyond_the_model_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.max_length: 9000 .* 8192"):
         resolve(recipe(data={"max_length": 9000}), FACTS)
     with pytest.raises(UserError, match=r"serve\.max_length: 9000"):
         resolve(recipe(serve={"max_length": 9000}), FACTS)
-    with pytest.raises(UserError, match=r"qlora.*bitsandbytes"):
-        resolve(recipe(method={"type": "qlora"}), FACTS)
+
+
+def test_adapters_over_four_bits_get_the_rate_of_adapters() -> None:
+    assert resolve(recipe(method={"type": "qlora"}), FACTS).train.lr == 2e-4
 
 
 def test_secrets_go_and_the_rest_stays() -> None:

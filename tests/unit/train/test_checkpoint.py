@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,19 @@ from tests.reference.conftest import make_model
 from tunesmith.core.errors import RunFailed
 from tunesmith.core.run_folder import MANIFEST, RunFolder, manifest_holds
 from tunesmith.model.adapters import attach_lora
-from tunesmith.recipe.schema import Train
-from tunesmith.train.checkpoint import State, check_disk, clear_leftovers, prune, restore, save
-from tunesmith.train.optim import make_optimizer
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train.checkpoint import (
+    SaveFailed,
+    State,
+    clear_leftovers,
+    folder_bytes,
+    prune,
+    restore,
+    save,
+    write,
+)
+from tunesmith.train.engine import SingleEngine
+from tunesmith.train.objective import Supervised
 from tunesmith.train.precision import LossScale
 
 
@@ -26,9 +40,21 @@ def lora() -> Any:
     )
 
 
-def stepped(model: Any, steps: int = 3) -> torch.optim.Optimizer:
-    """An optimizer that has taken steps with made-up gradients."""
-    optimizer = make_optimizer(model, Train(weight_decay=0.1))
+def engine_of(model: Any) -> SingleEngine:
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": "unused"},
+            "data": {"sources": [{"path": "unused"}]},
+            "train": {"weight_decay": 0.1, "precision": "fp32"},
+        }
+    )
+    return SingleEngine(model, Supervised(), recipe)
+
+
+def stepped(model: Any, steps: int = 3) -> SingleEngine:
+    """An engine whose optimizer has taken steps with made-up gradients."""
+    engine = engine_of(model)
+    optimizer = engine.optimizer
     torch.manual_seed(1)
     for _ in range(steps):
         for group in optimizer.param_groups:
@@ -36,19 +62,19 @@ def stepped(model: Any, steps: int = 3) -> torch.optim.Optimizer:
             for parameter in group["params"]:
                 parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    return optimizer
+    return engine
 
 
 def test_restored_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     model = lora()
-    optimizer = stepped(model)
+    engine = stepped(model)
     state = State(step=3, tokens=77, supervised_tokens=12, loss=0.1 + 0.2, scale=LossScale(True, 512.0, 4, 1))
-    folder = save(RunFolder(tmp_path), state, model, optimizer)
+    folder = write(RunFolder(tmp_path), state, engine)
     assert manifest_holds(folder)
     other = lora()
-    other_optimizer = make_optimizer(other, Train(weight_decay=0.1))
-    assert restore(folder, other, other_optimizer) == state
-    for one, opt in ((model, optimizer), (other, other_optimizer)):
+    other_engine = engine_of(other)
+    assert restore(folder, other_engine) == state
+    for one, opt in ((model, engine.optimizer), (other, other_engine.optimizer)):
         torch.manual_seed(2)
         for group in opt.param_groups:
             group["lr"] = 1e-3
@@ -64,8 +90,8 @@ def test_a_full_checkpoint_keeps_tied_weights_and_every_bit(tmp_path: Path) -> N
     from transformers import AutoModelForCausalLM
 
     model = make_model("llama-tied")
-    optimizer = stepped(model)
-    folder = save(RunFolder(tmp_path), State(step=1), model, optimizer)
+    engine = stepped(model)
+    folder = write(RunFolder(tmp_path), State(step=1), engine)
     found = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     assert found.lm_head.weight is found.model.embed_tokens.weight
     for (name, a), (_, b) in zip(model.named_parameters(), found.named_parameters(), strict=True):
@@ -74,19 +100,19 @@ def test_a_full_checkpoint_keeps_tied_weights_and_every_bit(tmp_path: Path) -> N
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     model = lora()
-    folder = save(RunFolder(tmp_path), State(), model, stepped(model))
+    folder = write(RunFolder(tmp_path), State(), stepped(model))
     other = attach_lora(
         make_model("qwen3"), rank=2, alpha=4, dropout=0.0, targets=["q_proj"], rslora=False, seed=0
     )
     with pytest.raises(RunFailed, match="adapter is of another model"):
-        restore(folder, other, make_optimizer(other, Train()))
+        restore(folder, engine_of(other))
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     run, model = RunFolder(tmp_path), lora()
-    optimizer = stepped(model)
+    engine = stepped(model)
     for step in (1, 2, 3, 999_999, 1_000_000):
-        save(run, State(step=step), model, optimizer)
+        write(run, State(step=step), engine)
     prune(run, 2)
     assert [path.name for path in run.complete_checkpoints()] == ["step-999999", "step-1000000"]
     prune(run, 5)
@@ -95,28 +121,80 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_leftovers_are_cleared_and_nothing_else(tmp_path: Path) -> None:
     run, model = RunFolder(tmp_path), lora()
-    whole = save(run, State(step=1), model, stepped(model))
+    whole = write(run, State(step=1), stepped(model))
     half = run.checkpoints / ".step-000002.partial-abc"
     half.mkdir()
     (half / "optimizer.safetensors").write_bytes(b"half")
-    going = save(run, State(step=3), model, stepped(model))
+    going = write(run, State(step=3), stepped(model))
     (going / MANIFEST).unlink()  # a removal that was cut short
+    (tmp_path / ".report.md.x1y2z3").write_text("half a report")
+    (tmp_path / "report.md").write_text("whole")
     clear_leftovers(run)
     assert list(run.checkpoints.iterdir()) == [whole]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "report.md"]
 
 
 def test_saving_over_a_damaged_one_replaces_it(tmp_path: Path) -> None:
     run, model = RunFolder(tmp_path), lora()
-    optimizer = stepped(model)
-    folder = save(run, State(step=1), model, optimizer)
+    engine = stepped(model)
+    folder = write(run, State(step=1), engine)
     before = copy.deepcopy((folder / "optimizer.safetensors").read_bytes())
     (folder / "optimizer.safetensors").write_bytes(b"damaged")
-    save(run, State(step=1), model, optimizer)
+    write(run, State(step=1), engine)
     assert manifest_holds(folder) and (folder / "optimizer.safetensors").read_bytes() == before
 
 
 def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(tmp_path: Path) -> None:
-    huge = nn.Linear(2**24, 2**24, device="meta")  # a petabyte
-    with pytest.raises(RunFailed, match=r"a checkpoint needs 3072\.0 TiB") as refused:
-        check_disk(RunFolder(tmp_path), huge)
+    engine = stepped(lora())
+    engine.model = nn.Linear(2**24, 2**24, device="meta")  # a petabyte
+    with pytest.raises(SaveFailed, match=r"a checkpoint needs 3072\.0 TiB") as refused:
+        write(RunFolder(tmp_path), State(), engine)
     assert "keep_checkpoints" in (refused.value.hint or "")
+    assert not list(RunFolder(tmp_path).checkpoints.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path, *, leave: int) -> Path:
+    """A file that leaves so many bytes of the disk free."""
+    path = folder / "filler"
+    path.write_bytes(bytes(shutil.disk_usage(folder).free - leave))
+    return path
+
+
+def test_a_full_disk_takes_the_oldest_first_and_leaves_the_last_good_one(small_disk: Path) -> None:
+    run, engine = RunFolder(small_disk), stepped(lora())
+    first = save(run, State(step=1), engine, keep=2)
+    size = folder_bytes(first)
+    second = save(run, State(step=2), engine, keep=2)
+    filler = fill(small_disk, leave=size // 2)
+    third = save(run, State(step=3), engine, keep=2)  # in the place of the first
+    assert run.complete_checkpoints() == [second, third]
+    filler.unlink()
+    fill(small_disk, leave=0)
+    with pytest.raises(SaveFailed, match="of disk, ") as failed:
+        save(run, State(step=4), engine, keep=1)
+    assert failed.value.exit_code == 4 and "free space" in (failed.value.hint or "")
+    assert run.complete_checkpoints() == [second, third]
+
+
+def test_a_disk_that_fills_up_within_a_save_leaves_nothing_of_it(small_disk: Path) -> None:
+    run, engine = RunFolder(small_disk), stepped(lora())
+    good = write(run, State(step=1), engine)
+    need = folder_bytes(good)
+    # The next one is larger than the last: a moment twice as long.
+    for value in engine.optimizer.state.values():
+        value["exp_avg"] = torch.cat([value["exp_avg"], value["exp_avg"]])
+    fill(small_disk, leave=need + 4096)
+    with pytest.raises(SaveFailed, match=r"could not be written: .*; the earlier ones are untouched"):
+        write(run, State(step=2), engine)
+    assert list(run.checkpoints.iterdir()) == [good] and manifest_holds(good)

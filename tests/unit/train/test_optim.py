@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.recipe.schema import Train
-from tunesmith.train.optim import gradients, make_optimizer, make_schedule, scale_and_clip
+from tunesmith.recipe.schema import Method, Train
+from tunesmith.train.chunked_adamw import ChunkedAdamW
+from tunesmith.train.offload import OffloadedAdamW
+from tunesmith.train.optim import (
+    begin_step,
+    gradients,
+    make_optimizer,
+    make_schedule,
+    scale_and_clip,
+    total_norm,
+)
 
 
 def lrs(total: int, **settings: object) -> list[float]:
@@ -55,7 +64,7 @@ def test_tiny_data_still_reaches_the_peak_and_never_starts_at_zero(
 
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    optimizer = make_optimizer(model, Train(weight_decay=0.5))
+    optimizer = make_optimizer(model, Train(weight_decay=0.5), Method())
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[p] for name, p in model.named_parameters()} == {
         "0.weight": 0.5,
@@ -68,7 +77,7 @@ def test_only_matrices_decay() -> None:
 def test_frozen_weights_are_left_out() -> None:
     model = nn.Linear(4, 4)
     model.weight.requires_grad_(False)
-    optimizer = make_optimizer(model, Train())
+    optimizer = make_optimizer(model, Train(), Method())
     assert [p for group in optimizer.param_groups for p in group["params"]] == [model.bias]
 
 
@@ -96,3 +105,45 @@ def test_gradients_that_are_not_finite_are_left_alone(bad: float) -> None:
     grads = [torch.tensor([1.0, bad])]
     assert not math.isfinite(scale_and_clip(grads, divide_by=2.0, max_norm=1.0))
     assert grads[0][0] == 1.0
+
+
+def test_the_norm_of_bf16_gradients_is_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(300, 70).bfloat16(), torch.randn(90).bfloat16()]
+    wanted = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+    assert total_norm(grads) == pytest.approx(wanted, rel=1e-5)
+    assert float(torch.nn.utils.get_total_norm(grads)) != pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("train", "kind"),
+    [
+        ({}, torch.optim.AdamW),
+        ({"optimizer": "adamw-8bit"}, ChunkedAdamW),
+        ({"precision": "bf16-pure", "stochastic_rounding": True}, ChunkedAdamW),
+        ({"optimizer": "adamw-offload"}, OffloadedAdamW),
+    ],
+)
+def test_every_optimizer_has_its_state_before_the_first_step(train: dict[str, object], kind: type) -> None:
+    model = nn.Linear(80, 80)
+    optimizer = make_optimizer(model, Train.model_validate(train), Method())
+    assert type(optimizer) is kind
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert {"step", "exp_avg", "exp_avg_sq"} <= set(state) and state["step"] == 0
+        assert state["exp_avg"].shape == parameter.shape and not state["exp_avg"].any()
+
+
+def test_the_b_matrices_have_a_rate_and_all_groups_a_seed_of_their_own() -> None:
+    model = nn.ModuleDict({"lora_A": nn.Linear(4, 2, bias=False), "lora_B": nn.Linear(2, 4, bias=False)})
+    whole = nn.ModuleDict({"q": model, "norm": nn.LayerNorm(4)})
+    settings = Train(weight_decay=0.5, optimizer="adamw-8bit")
+    optimizer = make_optimizer(whole, settings, Method(lora_plus_ratio=16))
+    begin_step(optimizer, 1e-3, seed=77)
+    found = {
+        p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert found[model["lora_A"].weight] == (1e-3, 0.5)
+    assert found[model["lora_B"].weight] == (16e-3, 0.5)
+    assert found[whole["norm"].weight] == (1e-3, 0.0)
+    assert isinstance(optimizer, ChunkedAdamW) and optimizer.seed == 77

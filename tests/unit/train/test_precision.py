@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tunesmith.train.precision import GROWTH_STEPS, base_dtype, cast_trained, first_scale
+from tests.reference.conftest import make_model
+from tunesmith.model import attention
+from tunesmith.model.batch import join
+from tunesmith.train.objective import Supervised
+from tunesmith.train.precision import GROWTH_STEPS, autocast, base_dtype, cast_trained, first_scale
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
@@ -55,3 +60,17 @@ def test_frozen_weights_keep_their_format() -> None:
     model.weight.requires_grad_(False)
     cast_trained(model, "bf16")
     assert model.weight.dtype == torch.bfloat16 and model.bias.dtype == torch.float32
+
+
+def test_long_documents_under_autocast_on_layers_as_they_are() -> None:
+    """transformers' rotation gives fp32 queries beside bf16 values there."""
+    model = make_model("llama-tied").train()
+    attention.install(model)
+    ids = np.random.default_rng(0).integers(3, 500, 300)
+    batch = join([(ids, ids.copy())], (0,))
+    exact = Supervised().total(model, batch)
+    with autocast("bf16", torch.device("cpu")):
+        loss = Supervised().total(model, batch)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=0.01)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

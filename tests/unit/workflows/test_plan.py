@@ -13,6 +13,8 @@ from tunesmith.core.paths import free_bytes
 from tunesmith.recipe.load import check
 from tunesmith.recipe.resolve import Facts, resolve, resolve_steps
 from tunesmith.recipe.schema import Recipe
+from tunesmith.train.engine import SingleEngine
+from tunesmith.train.objective import Supervised
 from tunesmith.workflows.plan import matmul_rate, plan_run
 
 FACTS = Facts(context_length=1024, device="cpu", threads=1, precision="fp32", serve_precision="fp32")
@@ -44,6 +46,33 @@ def test_full_plan_trains_everything_and_refuses_a_disk_too_small(tiny: Path, tm
     with pytest.raises(PlanRefused, match="of disk") as caught:
         plan_run(full, model, steps=steps, tokens=1000, supervised=300, run=tmp_path)
     assert caught.value.exit_code == 3 and "keep_checkpoints" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"memory": "low"},
+        {"optimizer": "adamw-offload", "precision": "bf16-pure"},
+        {"optimizer": "adamw-8bit"},
+    ],
+    ids=["plain", "low", "offload", "8bit"],
+)
+def test_a_planned_checkpoint_has_the_size_of_a_written_one(
+    train: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    full = recipe(method={"type": "full"}, train=train)
+    dtype = torch.bfloat16 if full.train.precision == "bf16-pure" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+    planned = plan_run(full, model, steps=9, tokens=1000, supervised=300, run=tmp_path).disk
+    engine = SingleEngine(model, Supervised(), full)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    engine.begin(1e-3, seed=0)
+    engine.update(divide_by=1.0, max_norm=None)
+    engine.write(tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert written == pytest.approx(planned.checkpoint_bytes, rel=0.02)
 
 
 def test_the_probe_measures_a_rate() -> None:

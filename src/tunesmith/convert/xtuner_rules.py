@@ -1,0 +1,62 @@
+"""Names in an xtuner 0.1 config, and why some values of it become nothing in a recipe."""
+
+from __future__ import annotations
+
+SECTIONS = (
+    "model", "tokenizer", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
+    "custom_hooks", "default_hooks", "env_cfg", "visualizer", "log_level", "load_from", "resume",
+    "randomness", "log_processor", "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader",
+    "test_evaluator", "test_cfg",
+)  # fmt: skip
+OPTIMIZERS = {
+    "AdamW": "adamw", "PagedAdamW32bit": "adamw", "DeepSpeedCPUAdam": "adamw", "FusedAdam": "adamw",
+    "AdamW8bit": "adamw-8bit", "PagedAdamW8bit": "adamw-8bit", "PagedAdamW": "adamw",
+}  # fmt: skip
+# Places without a counterpart, and why none is needed. None: the value says nothing of its own.
+RULES: tuple[tuple[str, str | None], ...] = (
+    ("*.type", None),
+    ("*.split", None),
+    ("*template_map_fn", None),
+    ("train_cfg.val_interval", "eval.every says it"),
+    ("*padding_side", "rows are laid end to end: there is no padding"),
+    ("*trust_remote_code", "off: a model's own code is not run; model.trust_remote_code turns it on"),
+    ("*use_varlen_attn", "every row always attends to itself alone"),
+    ("train_dataloader.collate_fn.*", None),
+    ("train_dataloader.num_workers", "rows are tokenised once, before training, on all cores"),
+    ("train_dataloader.dataset*.remove_unused_columns", None),
+    ("train_dataloader.dataset*.shuffle_before_pack", "rows are packed anew in every epoch"),
+    ("train_dataloader.dataset*.tokenizer.*", None),
+    ("train_dataloader.dataset*.map_num_proc", "data.workers does not change what is trained"),
+    ("train_dataloader.sampler.*", "every epoch has an order of its own, from train.seed"),
+    ("train_dataloader.batch_sampler.*", "the last step of an epoch has fewer rows; none is left out"),
+    ("train_dataloader.*persistent_workers", None),
+    ("train_dataloader.*pin_memory", None),
+    ("tokenizer*", None),
+    ("model.tokenizer.*", None),
+    ("model.llm.torch_dtype", "train.precision says it"),
+    ("model.llm.attn_implementation", "attention is chosen by the machine"),
+    ("model.llm.quantization_config.llm_int8*", None),
+    ("model.llm.quantization_config.bnb_4bit_compute_dtype", "train.precision says it"),
+    ("model.llm.quantization_config.load_in_8bit", None),
+    ("model.lora.bias", None),
+    ("model.lora.task_type", None),
+    ("optim_wrapper.loss_scale", "in fp16 the loss is always scaled; an overflow skips the step and is told"),
+    ("optim_wrapper.clip_grad.error_*", "a gradient that is not finite ends the run, naming the rows"),
+    ("param_scheduler*", "train.schedule says it"),
+    ("custom_hooks*.tokenizer*", None),
+    ("custom_hooks*.stop_words*", "the chat template's own stop tokens end an answer"),
+    ("custom_hooks*.prompt_template*", None),
+    ("custom_hooks*.is_intern_repo_dataset", None),
+    ("default_hooks.checkpoint.*", "checkpoints are counted in optimizer steps"),
+    ("default_hooks.logger.*", "every optimizer step is logged"),
+    ("default_hooks*", None),
+    ("env_cfg*", "one process a GPU is started by hardware.processes"),
+    ("visualizer*", "train.tensorboard writes curves"),
+    ("log_level", None),
+    ("log_processor*", None),
+    ("load_from", None),
+    ("resume", "the same command goes on with a run that was stopped"),
+    ("randomness.*", "runs are repeatable: train.seed"),
+    ("val_*", "no counterpart: data.eval_sources gives a held-out loss, 'tunesmith eval' exact match"),
+    ("test_*", "no counterpart: 'tunesmith eval' measures on a file"),
+)  # fmt: skip

@@ -1,0 +1,208 @@
+"""What a training does about trouble: batches too large for the memory, losses that jump or are not finite.
+
+`train.loop` decides when it is asked.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from tunesmith.core.errors import RunFailed
+from tunesmith.core.events import read_events
+from tunesmith.model.batch import Batch
+from tunesmith.model.generate import evaluating
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train.engine import Engine
+from tunesmith.train.objective import Objective
+
+# What the libraries below torch say instead of raising an error of their own kind.
+NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "cuda error: out of memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+WINDOW = 64  # losses that tell what is usual
+FEWEST = 16
+SIGMAS = 8.0
+SMALLEST_JUMP = 0.1
+MAD_TO_SIGMA = 1.4826  # of a normal distribution: 1 / its 0.75 quantile
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in NO_MEMORY)
+
+
+def release_memory() -> None:
+    """Give back what a failed step held. Call it when its exception is gone: the traceback holds tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# -- batches that fit ---------------------------------------------------------------------------------------
+
+
+def cut(batches: Sequence[Batch], max_tokens: int | None) -> list[Batch]:
+    """The batches, each halved until it has at most `max_tokens` tokens or is a single document."""
+    if max_tokens is None:
+        return list(batches)
+    pieces: list[Batch] = []
+    for batch in batches:
+        halves = halve(batch) if batch.num_tokens > max_tokens else ()
+        pieces += cut(halves, max_tokens) if halves else [batch]
+    return pieces
+
+
+def halve(batch: Batch) -> tuple[Batch, ...]:
+    """The batch as two, cut at the border of documents nearest to its middle; () for a single document."""
+    count, middle = batch.num_documents, batch.num_tokens / 2
+    if count < 2:
+        return ()
+    border = min(range(1, count), key=lambda number: abs(int(batch.starts[number]) - middle))
+    return batch.part(0, border), batch.part(border, count)
+
+
+def documents(batches: Sequence[Batch]) -> list[Batch]:
+    """Every document as a batch of its own."""
+    return [batch.part(number, number + 1) for batch in batches for number in range(batch.num_documents)]
+
+
+def smaller(batches: Sequence[Batch]) -> int | None:
+    """A limit on tokens that halves the largest batch of several documents; None where there is none."""
+    sizes = [batch.num_tokens for batch in batches if batch.num_documents > 1]
+    return max(sizes) // 2 if sizes else None
+
+
+def too_large(batch: Batch, reason: str, recipe: Recipe, step: int) -> RunFailed:
+    """The error for a micro-batch that memory does not hold and that cannot be cut or tried again."""
+    train = recipe.train
+    remedies = [
+        *(["train.micro_batch_size=1"] if batch.num_documents > 1 and train.micro_batch_size > 1 else []),
+        *(["train.gradient_checkpointing=full"] if train.gradient_checkpointing != "full" else []),
+        *(["train.memory=low"] if train.memory == "normal" else []),
+        "a smaller data.max_length",
+        *(["method.type=lora"] if recipe.method.type == "full" else []),
+    ]
+    rows = ", ".join(map(str, batch.rows[:5])) + (" …" if len(batch.rows) > 5 else "")
+    return RunFailed(
+        f"step {step}: a micro-batch of {batch.num_tokens} tokens (row {rows}) does not fit into memory: "
+        f"{reason}",
+        hint=f"try, in this order: {', '.join(remedies)}",
+    )
+
+
+def limits_after(events: Path, step: int) -> dict[int, int]:
+    """Step: the limit on tokens from it on, for the steps after `step` in which memory once ran out.
+
+    A resumed run cuts its micro-batches where the killed one did, and so computes the same.
+    """
+    limits: dict[int, int] = {}
+    for event in read_events(events, "out_of_memory"):
+        if event["step"] > step:
+            limits[event["step"]] = min(event["max_tokens"], limits.get(event["step"], event["max_tokens"]))
+    return limits
+
+
+def earlier_limits(engine: Engine, events: Path, step: int) -> dict[int, int]:
+    """`limits_after` in every process; rank 0 has the events."""
+    found = limits_after(events, step) if engine.rank == 0 else {}
+    count = int(engine.sum([len(found)])[0])
+    pairs = list(found.items()) or [(0, 0)] * count
+    values = [int(value) for value in engine.sum([float(number) for pair in pairs for number in pair])]
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+# -- losses -------------------------------------------------------------------------------------------------
+
+
+def is_spike(loss: float, recent: Sequence[float]) -> bool:
+    """Whether a loss stands far above the recent ones: by SIGMAS robust standard deviations, and visibly.
+
+    The level is the median of the last FEWEST losses; the noise is taken from the differences between one
+    and the next, so that a loss that falls steeply does not pass for a noisy one. Medians and the median
+    absolute deviation are not moved by the spikes themselves (Leys et al. 2013,
+    doi:10.1016/j.jesp.2013.03.013). With fewer losses nothing is known yet.
+    """
+    if len(recent) < FEWEST:
+        return False
+    changes = [after - before for before, after in pairwise(recent)]
+    drift = median(changes)
+    noise = MAD_TO_SIGMA * median(abs(change - drift) for change in changes) / math.sqrt(2)
+    return loss - usual(recent) > max(SIGMAS * noise, SMALLEST_JUMP)
+
+
+def usual(recent: Sequence[float]) -> float:
+    """The level that a loss is compared with."""
+    return median(recent[-FEWEST:])
+
+
+def remember(loss: float, recent: Sequence[float]) -> list[float]:
+    """The last WINDOW losses with this one."""
+    return [*recent, loss][-WINDOW:]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row, and what was measured at it: the loss per unit, or the norm of its gradients."""
+
+    row: int
+    value: float
+
+
+def row_losses(engine: Engine, objective: Objective, batches: Sequence[Batch]) -> list[Measured]:
+    """Every document's loss per unit with the weights as they are, worst first. All processes take part."""
+    parts = documents(batches)
+    losses = [0.0] * len(parts)
+    with evaluating(engine.model), torch.no_grad():
+        for share in engine.shares(parts):
+            total = float(engine.forward(share.batch))
+            if share.counts:
+                losses[share.number] = total / max(1, objective.units(share.batch))
+    objective.drain()
+    return worst_first(parts, engine.sum(losses))
+
+
+def row_gradients(engine: Engine, objective: Objective, batches: Sequence[Batch]) -> list[Measured]:
+    """The norm of every document's own gradients, worst first; the step's gradients are lost.
+
+    Where a backward pass cannot stand alone (several processes, updates within it), its losses instead.
+    """
+    if engine.num_ranks > 1 or not engine.retries:
+        return row_losses(engine, objective, batches)
+    parts, norms = documents(batches), []
+    for part in parts:
+        engine.drop_gradients()
+        engine.backward(engine.forward(part), last=True)
+        grads = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(grads)))
+    engine.drop_gradients()
+    objective.drain()
+    return worst_first(parts, norms)
+
+
+def worst_first(parts: Sequence[Batch], values: Sequence[float]) -> list[Measured]:
+    """Those that are not finite, then from the highest down."""
+    found = [
+        Measured(part.rows[0] if part.rows else number, value)
+        for number, (part, value) in enumerate(zip(parts, values, strict=True))
+    ]
+    return sorted(found, key=lambda item: -item.value if math.isfinite(item.value) else -math.inf)
+
+
+def rows_text(found: Sequence[Measured], most: int = 5) -> str:
+    """The worst rows for people: `row 17 (nan), row 4 (9.21) and 6 more`."""
+    shown = ", ".join(f"row {item.row} ({item.value:.4g})" for item in found[:most])
+    return shown + (f" and {len(found) - most} more" if len(found) > most else "")
