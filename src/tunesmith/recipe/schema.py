@@ -231,8 +231,7 @@ class Train(Section):
     )
     compile: bool | Auto = Field(
         "auto",
-        description="Compile each decoder layer with torch.compile, in place of the fused layers; auto: no, "
-        "those have the fewer passes that it would bring.",
+        description="Compile each decoder layer with torch.compile, in place of the fused layers; auto: no.",
     )
     kernels: Literal["torch", "liger"] | Auto = Field(
         "auto",

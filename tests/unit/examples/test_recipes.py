@@ -12,7 +12,7 @@ RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", "lora", "full"}
+    assert {path.stem for path in RECIPES} >= {"quickstart", "lora", "full", "qlora", "dpo"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
