@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.reference.conftest import make_documents, make_model, one_batch, trainer_in
+from tunesmith.core.errors import RunFailed
 from tunesmith.model.adapters import attach_lora
 from tunesmith.train.activations import checkpoint_layers
 from tunesmith.train.loop import Trainer
@@ -137,3 +138,24 @@ def test_only_b_matrices_learn_faster_with_lora_plus(tmp_path: Path) -> None:
     }
     # AdamW's first step moves each element by its learning rate.
     assert moved and all(abs(step - 16e-3) < 1e-5 for step in moved.values()), moved
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (ALONE, "Weights whose gradients came before it are updated already"),
+        ({}, "The weights were not touched"),
+    ],
+    ids=["in-backward", "after"],
+)
+def test_a_bad_gradient_tells_what_became_of_the_weights(
+    tmp_path: Path, train: dict[str, Any], said: str
+) -> None:
+    """The first layer's gradient, which comes last, is not finite: the layers after it have theirs by then."""
+    model = make_model("llama-tied")
+    first, last = (model.model.layers[i].mlp.up_proj.weight for i in (0, 1))
+    before = last.detach().clone()
+    first.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunFailed, match=said):
+        trainer_of(tmp_path, model, **train).run()
+    assert torch.equal(last, before) == (not train)

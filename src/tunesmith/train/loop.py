@@ -225,10 +225,16 @@ class Trainer:
         self.warn(step, f"the {what} is {value}", rows)
         raise RunFailed(
             f"step {step}: the {what} is {value}; its rows, the worst first: {faults.rows_text(rows)}. "
-            "The weights were not touched" + (f"; the last good checkpoint is {last}" if last else ""),
+            f"{self.untouched(what)}" + (f"; the last good checkpoint is {last}" if last else ""),
             hint="look at those rows, lower train.lr (half of it), set train.max_grad_norm: 1.0, or use "
             "precision bf16 or fp32; then train with --fresh",
         )
+
+    def untouched(self, what: str) -> str:
+        """What has become of the weights when a step ends on a value that is not finite."""
+        if self.settings.optimizer_in_backward is True and what != "loss":
+            return "Weights whose gradients came before it are updated already, and nothing of them is saved"
+        return "The weights were not touched"
 
     def watch(self, loss: float, batches: Sequence[Batch]) -> None:
         """Name the rows of a loss that stands out."""
