@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer
 from tests.conftest import ROOT
 from tests.e2e.train_helpers import cut_back, write_recipe
 from tests.reference.conftest import make_documents, make_model, one_batch, trainer_in
+from tests.small_disk import mounted
 from tunesmith.core.errors import RunFailed
 from tunesmith.core.events import read_events
 from tunesmith.core.run_folder import RunFolder
@@ -146,12 +146,8 @@ def test_a_document_that_memory_never_holds_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of 32 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder]).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted(tmp_path / "disk", mib=32) as folder:
+        yield folder
 
 
 def batches_of(step: int) -> list[Batch]:

@@ -142,26 +142,25 @@ def _in_threads(encoder: RowEncoder, chunks: Iterator[list[NumberedRow]]) -> Ite
     """One chunk is tokenised, which needs no Python, while the next is rendered."""
     encoder_of(encoder.tokenizer)  # made here: two threads would make it twice
     with ThreadPoolExecutor(THREADS) as pool:
-        waiting: deque[Future[Chunk]] = deque()
-        for rows in chunks:
-            waiting.append(pool.submit(encoder.chunk, rows))
-            if len(waiting) > THREADS:
-                yield waiting.popleft().result()
-        while waiting:
+        yield from _in_order((pool.submit(encoder.chunk, rows) for rows in chunks), most=THREADS)
+
+
+def _in_order(chunks: Iterator[Future[Chunk]], *, most: int) -> Iterator[Chunk]:
+    """The results one after the other, with at most `most` more asked for than taken."""
+    waiting: deque[Future[Chunk]] = deque()
+    for chunk in chunks:
+        waiting.append(chunk)
+        if len(waiting) > most:
             yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _in_processes(encoder: RowEncoder, chunks: Iterator[list[NumberedRow]], workers: int) -> Iterator[Chunk]:
     # spawn, not fork: a forked child of a process with threads (torch, tokenizers) can hang for ever.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,))
-    waiting: deque[Future[Chunk]] = deque()
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from _in_order((pool.submit(_encode_in_worker, rows) for rows in chunks), most=4 * workers)
     except BrokenProcessPool:
         raise TunesmithError(
             "a tokenising process ended unexpectedly (out of memory, or killed)",

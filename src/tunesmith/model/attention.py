@@ -79,7 +79,7 @@ def install(model: nn.Module, *, max_length: int | None = None) -> None:
     max_length: most tokens that a token will ever look back on; default: the model's context.
     Raises UserError for models whose attention or logits this does not reproduce.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     fault = _unsupported(inner, max_length)
     if fault:
         raise UserError(
@@ -89,7 +89,7 @@ def install(model: nn.Module, *, max_length: int | None = None) -> None:
     inner.set_attn_implementation(NAME)
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
@@ -144,7 +144,7 @@ def _draws(model: nn.Module) -> bool:
     """True for a model in training that drops activations, or adds noise to its embeddings."""
     if not model.training:
         return False
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     dropout = getattr(inner.config.get_text_config(), "attention_dropout", None)
     # A hook on the embeddings is how noise gets into them (NEFTune).
     noise = inner.get_input_embeddings()._forward_hooks
@@ -152,7 +152,7 @@ def _draws(model: nn.Module) -> bool:
 
 
 def _decode(model: nn.Module, input_ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-    decoder = _unwrapped(model).get_decoder()
+    decoder = unwrapped(model).get_decoder()
     # A mask of four dimensions is handed on untouched: transformers then builds none of size T x T.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     out = decoder(
@@ -164,4 +164,4 @@ def _decode(model: nn.Module, input_ids: Tensor, positions: Tensor, layout: Layo
 
 def lm_head(model: nn.Module) -> nn.Module:
     """The module from hidden states [..., D] to logits [..., vocabulary]."""
-    return _unwrapped(model).get_output_embeddings()
+    return unwrapped(model).get_output_embeddings()

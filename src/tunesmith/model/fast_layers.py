@@ -33,6 +33,7 @@ from tunesmith.model.fast_products import (
     product_of,
     weight_gradients,
 )
+from tunesmith.model.hardware import compute_dtype
 
 # Their layers are the same but for biases and the norms of q and k; each has a reference test.
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
@@ -56,7 +57,7 @@ def _layer(
     layer: Any, slow: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     layout, positions = kwargs.get("layout"), kwargs.get("position_embeddings")
-    dtype = _compute_dtype(hidden_states)
+    dtype = compute_dtype(hidden_states)
     parts = None if layout is None or args or positions is None else _parts(layer, dtype)
     if parts is None or kwargs.get("past_key_values") is not None:
         return slow(hidden_states, *args, **kwargs)
@@ -74,12 +75,6 @@ def _layer(
 def _is_selective(layer: Any) -> bool:
     """What selective checkpointing keeps and computes again is what these functions do anyway."""
     return "context_fn" in layer._gradient_checkpointing_func.keywords
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The format of products: what autocast says, else the input's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _parts(layer: Any, dtype: torch.dtype) -> dict[str, Product] | None:

@@ -75,6 +75,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(-3, 1 << 30)) and bool(mallopt(-1, (1 << 31) - 1))
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The format of products with `x`: what autocast says on its device, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def cpu_multiplies_bf16() -> bool:
     """True when the CPU has bf16 matrix instructions; without them bf16 is several times slower than fp32."""
     found = torch.cpu.get_capabilities()

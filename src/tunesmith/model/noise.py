@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.model.attention import unwrapped
+
 
 class EmbeddingNoise:
     """Adds alpha / sqrt(L·D) · u to every entry, u uniform in [-1, 1], L the tokens of the entry's document.
@@ -25,7 +27,7 @@ class EmbeddingNoise:
     def install(self, model: Any) -> None:
         """Hook a model (plain or PeftModel) that is called with `position_ids` which start at 0 in every
         document."""
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        inner = unwrapped(model)
         inner.get_decoder().register_forward_pre_hook(self._see, with_kwargs=True)
         inner.get_input_embeddings().register_forward_hook(self._add)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from tunesmith.core.errors import UserError
+from tunesmith.model.attention import unwrapped
 from tunesmith.recipe.schema import Checkpointing
 
 ATEN = torch.ops.aten
@@ -40,7 +41,7 @@ def checkpoint_layers(model: Any, kind: Checkpointing) -> None:
     """
     if kind == "none":
         return
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = unwrapped(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise UserError(
             f"train.gradient_checkpointing: '{kind}': {type(inner).__name__} has no layers that can be "

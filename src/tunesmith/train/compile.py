@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tunesmith.core.errors import UserError
-from tunesmith.model.attention import PackedLayout
+from tunesmith.model.attention import PackedLayout, unwrapped
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> int:
@@ -39,5 +39,5 @@ def has_compiler() -> bool:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The repeated layers of a model, plain or PeftModel."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = unwrapped(model)
     return list(inner.get_decoder().layers)

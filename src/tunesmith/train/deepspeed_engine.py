@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunesmith.core.errors import MissingExtra
-from tunesmith.model.attention import lm_head
+from tunesmith.model.attention import lm_head, unwrapped
 from tunesmith.model.batch import Batch
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import gathered, states
@@ -197,7 +197,7 @@ def _import_deepspeed(recipe: Recipe) -> Any:
 
 def _gather_by_layer(deepspeed: Any, model: Any) -> None:
     """Gather a decoder layer as a whole: its parts are also read without being called."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     kinds = {type(layer) for layer in inner.get_decoder().layers}
     deepspeed.utils.set_z3_leaf_modules(model, list(kinds))
     # A layer's gradients are sent once those of its inputs are there: with frozen embeddings those of the

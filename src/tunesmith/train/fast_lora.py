@@ -17,6 +17,9 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tunesmith.model.fast_products import is_plain_lora
+from tunesmith.model.hardware import compute_dtype
+
 
 def speed_up(model: nn.Module) -> int:
     """Give every plain LoRA layer of a PeftModel the faster forward pass; returns how many there are."""
@@ -27,21 +30,13 @@ def speed_up(model: nn.Module) -> int:
 
 
 def _is_plain(layer: Any) -> bool:
-    base = layer.base_layer
-    return (
-        type(base) is nn.Linear
-        and not any(parameter.requires_grad for parameter in base.parameters())
-        and list(layer.lora_A) == ["default"]
-        and not layer.lora_variant
-        and not layer.lora_bias["default"]
-        and not layer.fan_in_fan_out
-    )
+    return is_plain_lora(layer) and not any(p.requires_grad for p in layer.base_layer.parameters())
 
 
 def _forward(layer: Any, peft_forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     drops = layer.training and not isinstance(layer.lora_dropout["default"], nn.Identity)
     same = torch.is_autocast_enabled(device) or (x.dtype == a.dtype == layer.base_layer.weight.dtype)
     if drops or layer.disable_adapters or layer.merged or not same or args or kwargs:

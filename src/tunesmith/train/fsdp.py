@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from tunesmith.model.attention import unwrapped
 from tunesmith.model.batch import Batch
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import gathered
@@ -130,7 +131,7 @@ def _shard(model: Any, recipe: Recipe, ranks: Ranks) -> torch.device:
     policy = OffloadPolicy()
     if recipe.parallel.offload == "parameters":
         policy = CPUOffloadPolicy(pin_memory=kind == "cuda")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     for layer in inner.get_decoder().layers:
         free_early = recipe.parallel.zero_stage == 3
         fully_shard(layer, mesh=mesh, reshard_after_forward=free_early, offload_policy=policy)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.model.attention import hidden_states, lm_head
 from tunesmith.model.batch import IGNORE, Batch
 from tunesmith.model.branches import layout_of
+from tunesmith.model.hardware import compute_dtype
 
 # Elements of the largest logits chunk: 64 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 24
@@ -58,10 +59,8 @@ def token_logprobs(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor) -> Ten
     """log p(target) [N], at least fp32, of the head's distribution at every hidden state."""
     if type(head) is not nn.Linear:
         return _module_logprobs(head, hidden_ND, targets_N)
-    device = hidden_ND.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = compute_dtype(head.weight)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
         logps: Tensor = _LogProbs.apply(
             hidden_ND.to(dtype), head.weight, head.bias, targets_N, torch.is_grad_enabled()
         )

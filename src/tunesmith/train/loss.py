@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.model.batch import IGNORE
 from tunesmith.model.fast_math import row_blocks
+from tunesmith.model.hardware import compute_dtype
 
 # Elements of the largest logits chunk: 64 MiB in fp32; twice that where every chunk is also added into the
 # gradient of the head's weight, which costs a pass over all of it.
@@ -38,10 +39,8 @@ def loss_sum(head: nn.Module, hidden_1TD: Tensor, labels_T: Tensor) -> Tensor:
 
 
 def _linear_loss(hidden_ND: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:
-    device = hidden_ND.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = compute_dtype(head.weight)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
         total: Tensor = _ChunkedLoss.apply(
             hidden_ND.to(dtype), head.weight, head.bias, targets_N, torch.is_grad_enabled()
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from tunesmith.core.errors import MissingExtra, UserError
 from tunesmith.core.progress import say
+from tunesmith.model.attention import unwrapped
 from tunesmith.model.fast_layers import use_fast_layers
 from tunesmith.model.hardware import keep_freed_memory
 from tunesmith.recipe.schema import Train
@@ -81,6 +82,6 @@ def use_liger(model: Any, device: torch.device) -> None:
         )
     except ImportError:
         raise MissingExtra("liger_kernel", "kernels") from None
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = unwrapped(model)
     settings = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     _apply_liger_kernel_to_instance(model=inner, **settings)

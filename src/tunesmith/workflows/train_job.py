@@ -112,9 +112,8 @@ def open_job(start: Start, run: RunFolder, command: str, ranks: Ranks) -> Job:
     if ranks.first and start.resumed:
         check_same_inputs(run, files, recipe)
     model = make_model(_loaded_on(recipe), files, start.checkpoint)
-    if start.checkpoint is not None:
-        states.read_adapter(start.checkpoint, model)  # before an engine shards it
-    present = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
+    if start.checkpoint is not None and recipe.parallel.engine in SHARDED:
+        states.read_adapter(start.checkpoint, model)  # while it is whole; other engines read it themselves
     totals = data.steps.totals()
     plan = plan_run(
         recipe,
@@ -123,7 +122,7 @@ def open_job(start: Start, run: RunFolder, command: str, ranks: Ranks) -> Job:
         tokens=totals.tokens,
         supervised=totals.supervised,
         run=run.path,
-        present_bytes=present,
+        present_bytes=checkpoint.folder_bytes(run.checkpoints),
     )
     job = Job(
         recipe=recipe,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.reference.conftest import make_model
+from tests.small_disk import mounted
 from tunesmith.core.errors import RunFailed
 from tunesmith.core.run_folder import MANIFEST, RunFolder, manifest_holds
 from tunesmith.model.adapters import attach_lora
@@ -156,12 +155,8 @@ def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(tmp_path: Pa
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of 16 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with mounted(tmp_path / "disk", mib=16) as folder:
+        yield folder
 
 
 def fill(folder: Path, *, leave: int) -> Path:
