@@ -1,16 +1,22 @@
 """Kill trainings at random instants, and compare what they come to with what was never killed.
 
-    python -m bench.kills [--kills 200] [--seed 0] [--cases full,lora,ddp-lora] [--model FOLDER]
+    python -m bench.kills [--kills 200] [--seed 0] [--cases full,lora,ddp-lora] [--model FOLDER] [--json]
 
-Every case trains one recipe once through; then runs of it are killed with SIGKILL, at any instant from the
-first moment of the process on: while it loads, tokenises, trains, evaluates, saves or exports. In a case of
-several processes all of them are killed, or the one that started them, or one of its workers. A run that has
-got to its end must have the same losses, held-out losses, answers, weights, optimizer state and export,
-bit for bit. No process may be left after a kill, and no temporary file after the next run's end. Ends with
-code 1 if anything was not so.
+Every case trains and exports one recipe once through. Then runs of it are killed with SIGKILL, again and
+again on their way: half of the kills at any instant from the first moment of the process on, half aimed at
+the phase (`bench.kill_phases`) that fewest kills fell into, at any instant of it. In a case of several
+processes all of them are killed, or the one that started them, or one of its workers. The phase counted is
+the one that the files show at the moment of death.
 
-Where a case has one process, it is forked from this one, which has loaded the libraries: it is the command
-without its first seconds.
+After every kill no process may be left within a minute, and a run that lost a worker must have said so. The
+next process must go on from the newest checkpoint there was, with every event still there, and once it
+has started, nothing half-written of the last one. A run that has got to its end must have the same losses,
+held-out losses, answers, learning rates, gradient norms, checkpoints (weights and optimizer state),
+tokenised rows and export as the one that was left alone, bit for bit, and no other file. Ends with code 1,
+and keeps the files, if anything was not so.
+
+Most processes are forked from this one, which has loaded the libraries, workers too: the command without its
+first seconds. One in ten is a program of its own. Every run has a cache of its own, so that it tokenises.
 """
 
 from __future__ import annotations
@@ -26,147 +32,114 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
-STEPS = 24
-# After a kill everything must be gone within a minute.
-GONE_S = 60.0
-TRAIN = {"max_steps": STEPS, "micro_batch_size": 2, "grad_accumulation": 2, "lr": 1e-3, "save_every": 3}
-LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
-DDP = {"parallel": {"engine": "ddp"}, "hardware": {"device": "cpu", "threads": 1, "processes": 2}}
-CASES: dict[str, dict[str, Any]] = {
-    "full": {"method": {"type": "full"}},
-    "lora": {"method": LORA},
-    "dora": {"method": LORA | {"dora": True}},
-    "qlora": {"method": LORA | {"type": "qlora"}},
-    "smallest": {
-        "method": {"type": "full"},
-        "train": {"memory": "smallest", "max_grad_norm": None, "grad_accumulation": 1},
-    },
-    "dpo": {"method": LORA, "objective": {"type": "dpo"}},
-    "dpo-full": {"method": {"type": "full"}, "objective": {"type": "dpo"}},
-    "ddp-full": {"method": {"type": "full"}} | DDP,
-    "ddp-lora": {"method": LORA} | DDP,
-    "fsdp-full": {"method": {"type": "full"}} | DDP | {"parallel": {"engine": "fsdp"}},
-}
+from bench.kill_cases import CASES, DUTIES, session_of, tiny_model, write_recipe
+from bench.kill_checks import (
+    GONE_S,
+    Run,
+    Trace,
+    code_of,
+    first,
+    result_of,
+    still_there,
+    unlike,
+    wrong_end,
+    wrong_since,
+)
+from bench.kill_phases import PHASES, Look, Running, arrive, stays
 
-
-class Running(Protocol):
-    pid: int
-
-    def poll(self) -> int | None: ...
-
-    def wait(self, timeout: float | None = None) -> int: ...
-
-    def kill(self) -> None: ...
+COMMANDS = ("train", "export")
+COLD, AIMED = 1 / 10, 1 / 2
+HUNG_S = 600.0
+# How many processes of a command are killed; an export has no checkpoints, and is begun anew each time.
+STRUCK = {"train": 0.95, "export": 0.5}
+# Phases that come often in a run: the kill falls into the first of them, or a later one.
+ONCE = ("tokenising", "reference")
+OFTEN = {"training": 4, "evaluating": 2, "saving": 3}
 
 
-class Forked:
-    """`tunesmith ARGS` in a fork of this process; a subset of subprocess.Popen."""
+@dataclass(frozen=True)
+class Kill:
+    """phase: by the files at the moment of death; victim: all, first (the one that was started) or worker;
+    step: the last that was done."""
 
-    def __init__(self, args: list[str], log: Path) -> None:
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._become(args, log)
-
-    @staticmethod
-    def _become(args: list[str], log: Path) -> None:
-        code = 70
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            from tunesmith.cli.main import main
-
-            main(args)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        finally:
-            os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        end = time.monotonic() + (timeout or 600)
-        while (code := self.poll()) is None:
-            if time.monotonic() > end:
-                raise TimeoutError(f"process {self.pid} did not end")
-            time.sleep(0.005)
-        return code
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+    phase: str
+    victim: str
+    aimed_at: str | None
+    cold: bool
+    step: int
 
 
 @dataclass
 class Case:
-    """One recipe, and what became of its kills."""
+    """One recipe, and what became of its kills. kills_due: how many are wanted; until: no kill after this
+    moment; usual_s: seconds in each phase when nothing is killed; whole_s: of each command; export: its
+    files."""
 
     name: str
     folder: Path
-    recipe: Path
     draw: random.Random
-    fell_into: Counter[str] = field(default_factory=Counter)
+    kills_due: int = 0
+    until: float = inf
+    usual_s: dict[str, float] = field(default_factory=dict)
+    whole_s: dict[str, float] = field(default_factory=dict)
+    export: dict[str, str] = field(default_factory=dict)
+    kills: list[Kill] = field(default_factory=list)
     finished: int = 0
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
-    def several(self) -> bool:
-        return self.name.startswith(("ddp", "fsdp"))
+    def preference(self) -> bool:
+        return "objective" in CASES[self.name]
 
     @property
-    def kills(self) -> int:
-        return sum(self.fell_into.values())
+    def several(self) -> bool:
+        return "parallel" in CASES[self.name]
 
-    def begin(self, *args: str) -> Running:
-        """Start `tunesmith ARGS`."""
-        log = self.folder / "log"
-        if not self.several:
-            return Forked(list(args), log)
-        with log.open("ab") as out:
-            return subprocess.Popen([sys.executable, "-m", "tunesmith", *args], stdout=out, stderr=out)
+    def run(self, name: str) -> Run:
+        return Run(self.folder, name, preference=self.preference)
 
-    def train(self, name: str) -> Running:
-        return self.begin("train", str(self.recipe), "--set", f"name={name}")
+    def is_due(self) -> bool:
+        return len(self.kills) < self.kills_due and time.monotonic() < self.until
 
-    def export(self, name: str) -> Running:
-        return self.begin("export", str(self.folder / "runs" / name), "--to", "merged")
+    def fell_into(self) -> Counter[str]:
+        return Counter(kill.phase for kill in self.kills)
 
 
 def main() -> int:
     args = arguments()
-    import torch
+    with redirect_stdout(sys.stderr):  # a library's warnings, which are no part of what --json prints
+        import torch
 
+        import tunesmith.workflows.export
+        import tunesmith.workflows.train  # noqa: F401  # loaded once, for all forks
     torch.set_num_threads(1)
-    import tunesmith.workflows.export
-    import tunesmith.workflows.train  # noqa: F401  # loaded once, for all forks
-
-    with tempfile.TemporaryDirectory(prefix="kills-") as name:
-        folder = Path(name)
-        os.environ["TUNESMITH_CACHE"] = str(folder / "cache")
-        model = args.model or tiny_model(folder / "model", folder / "cache")
-        wanted = args.cases.split(",") if args.cases else list(CASES)
-        share, more = divmod(args.kills, len(wanted))
-        done = []
-        for number, case_name in enumerate(wanted):
-            case = make_case(case_name, folder / case_name, model, args.seed)
-            began = time.perf_counter()
-            torment(case, share + (number < more))
-            case.seconds = time.perf_counter() - began
-            print(row_of(case), file=sys.stderr, flush=True)
-            done.append(case)
-    return report(done)
+    folder = Path(tempfile.mkdtemp(prefix="kills-"))
+    os.environ["TUNESMITH_CACHE"] = str(folder / "cache")
+    model = args.model or tiny_model(folder / "model")
+    share, more = divmod(args.kills, len(args.cases))
+    done = []
+    for number, name in enumerate(args.cases):
+        write_recipe(name, folder / name, model)
+        case = Case(name, folder / name, random.Random(f"{args.seed} {name}"), share + (number < more))
+        done.append(case)
+        case.until = time.monotonic() + args.minutes * 60
+        torment(case)
+        print(row_of(case), file=sys.stderr, flush=True)
+    faulty = any(case.faults for case in done)
+    print(json.dumps(as_dict(done)) if args.json else table(done))
+    if faulty:
+        print(f"the files are kept: {folder}", file=sys.stderr)
+    else:
+        shutil.rmtree(folder)
+    return int(faulty)
 
 
 def arguments() -> argparse.Namespace:
@@ -175,177 +148,143 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", help=f"comma-separated, of: {', '.join(CASES)}")
     parser.add_argument("--model", type=Path, help="folder; default: a random model of two layers")
-    return parser.parse_args()
+    parser.add_argument("--minutes", type=float, default=inf, help="no kill of a case after so many")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    args.cases = args.cases.split(",") if args.cases else list(CASES)
+    if unknown := set(args.cases) - CASES.keys():
+        parser.error(f"--cases: there is no {', '.join(sorted(unknown))}")
+    return args
 
 
 # -- one case ----------------------------------------------------------------------------------------------
 
 
-def torment(case: Case, kills: int) -> None:
+def torment(case: Case) -> None:
     """Kill runs of the case until all kills are used, and compare each with the one that was left alone."""
-    from tunesmith.workflows.verify import outcome
-
     began = time.perf_counter()
-    expect(case, case.train("once").wait(), "once through")
-    spent = time.perf_counter() - began
-    expect(case, case.export("once").wait(), "export")
-    from tunesmith.core.run_folder import RunFolder
-
-    runs = case.folder / "runs"
-    wanted = outcome(RunFolder(runs / "once")), exported(runs / "once")
-    while case.kills < kills and not case.faults:
-        name = f"killed-{case.finished}"
-        finish_under_fire(case, name, kills, spent)
-        case.finished += 1
-        if (outcome(RunFolder(runs / name)), exported(runs / name)) != wanted:
-            case.faults.append(f"{name} is not the run that was left alone")
-        case.faults += [f"left: {path}" for path in leftovers(case.folder)]
-        shutil.rmtree(runs / name)
+    wanted = through(case)
+    told = wanted["train"]
+    if len(told["step"]) != DUTIES.steps or not told["eval"] or not told["sample"]:
+        case.faults.append(f"once through: {len(told['step'])} steps of {DUTIES.steps} were told")
+    while case.is_due() and not case.faults:
+        run = case.run(f"killed-{case.finished}")
+        for command in COMMANDS:
+            if outlive(case, run, command):
+                case.faults += unlike(run, wanted[command])
+        if not case.faults:
+            case.finished += 1
+            run.remove()
+    case.seconds = time.perf_counter() - began
 
 
-def finish_under_fire(case: Case, name: str, kills: int, spent: float) -> None:
-    """Train and export a run, killed now and then on its way."""
-    for start, longest, chance in ((case.train, spent, 0.9), (case.export, spent / 8, 0.4)):
-        while True:
-            process = start(name)
-            allowed = case.kills < kills and case.draw.random() < chance
-            if allowed and strike(case, process, name, case.draw.uniform(0, longest)):
-                continue
-            if expect(case, process.wait(), f"{name} ended"):
-                break
-            return
+def through(case: Case) -> dict[str, dict[str, Any]]:
+    """Train and export a run without a kill: what it came to after each command."""
+    run, wanted = case.run("once"), {}
+    for command in COMMANDS:
+        began = time.monotonic()
+        with run.started(command) as (process, look):
+            for phase, seconds in stays(process, look).items():
+                case.usual_s.setdefault(phase, median(seconds))
+        case.whole_s[command] = time.monotonic() - began
+        if code := process.wait():
+            case.faults.append(f"{command}, once through: code {code}\n{run.tail()}")
+        wanted[command] = result_of(run)
+    case.export = run.trace().export or {}
+    return wanted
 
 
-def strike(case: Case, process: Running, name: str, after_s: float) -> bool:
-    """Kill a process so long after its start. False if it had ended by then."""
-    from tunesmith.workflows.verify import descendants, is_alive, kill_all
+def outlive(case: Case, run: Run, command: str) -> bool:
+    """Give a command until it gets to its end, killed now and then on its way. False after a fault."""
+    before = run.trace()
+    while not case.faults:
+        kill, before = attempt(case, run, command, before)
+        if kill is None:
+            return not case.faults
+        case.kills.append(kill)
+    return False
 
-    try:
-        process.wait(after_s)
-        return False
-    except (TimeoutError, subprocess.TimeoutExpired):
-        pass
-    phase, family = phase_of(case.folder / "runs" / name), [process.pid, *descendants(process.pid)]
-    victim = case.draw.choice(["all", "first", "worker"]) if len(family) > 1 else "all"
-    if victim == "all":
-        kill_all(process)  # type: ignore[arg-type]
-    elif victim == "first":
-        process.kill()
+
+def attempt(case: Case, run: Run, command: str, before: Trace) -> tuple[Kill | None, Trace]:
+    """One process, perhaps killed, and what is there after it. Without a kill it got to its end."""
+    cold, log_at = case.draw.random() < COLD, run.log_size()
+    aim = aim_of(case, run, command) if case.draw.random() < AIMED else None
+    is_struck = case.is_due() and case.draw.random() < STRUCK[command]
+    with run.started(command, cold=cold) as (process, look):
+        killed = None
+        if is_struck and moment(case, process, look, aim, before):
+            killed = strike(case, process, look)
+        code = code_of(process, HUNG_S if killed is None else GONE_S)
+        case.faults += still_there(process.pid)
+    now, ended = run.trace(), killed is None or code == 0
+    case.faults += wrong_since(before, now, is_up=ended or look.phase() == "exporting")
+    if now.export not in (None, case.export):
+        case.faults.append(f"{run.name}: a half-written export: {first(case.export, now.export)}")
+    if killed is None or code == 0:
+        case.faults += [f"{run.name}: {command} ended with code {code}\n{run.tail()}"] if code else []
+        return None, now
+    case.faults += wrong_end(run, killed[1], code, log_at)
+    return Kill(killed[0], killed[1], aim, cold, now.step), now
+
+
+def aim_of(case: Case, run: Run, command: str) -> str:
+    """The phase that fewest kills of the case fell into, of those that the command still has before it."""
+    if command == "export":
+        return "exporting"
+    possible = set(PHASES) - {"exporting"}
+    if list(run.cache.glob("data/[!.]*")):
+        possible.discard("tokenising")
+    if not case.preference or (run.path / "reference").exists():
+        possible.discard("reference")
+    fell = case.fell_into()
+    # Of those that are even first what comes once in a run.
+    return min(sorted(possible), key=lambda phase: (fell[phase], phase not in ONCE, case.draw.random()))
+
+
+def moment(case: Case, process: Running, look: Look, aim: str | None, before: Trace) -> bool:
+    """Wait for the instant of a kill. False if the process ended before."""
+    if aim is None:
+        loading_s = case.usual_s["loading"]
+        share = 1.0 if look.exports else 1 - before.step / DUTIES.steps
+        whole_s = case.whole_s["export" if look.exports else "train"]
+        after_s = case.draw.uniform(0, loading_s + share * (whole_s - loading_s))
     else:
-        os.kill(case.draw.choice(family[1:]), signal.SIGKILL)
+        after_s = case.draw.uniform(0, case.usual_s.get(aim, 0.01))
+        if not arrive(process, look, aim, case.draw.randint(1, OFTEN.get(aim, 1))):
+            return False
+    try:
+        process.wait(max(after_s, 1e-4))
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def strike(case: Case, process: Running, look: Look) -> tuple[str, str]:
+    """Kill a process, or one that it started: (phase, victim)."""
+    workers = [pid for pid in session_of(process.pid) if pid != process.pid]
+    victims = ["all", "first", "worker"] if case.several else ["all", "first"]
+    victim = case.draw.choice(victims) if workers else "all"
+    if victim == "worker":
+        phase = look.phase()
+        with suppress(ProcessLookupError):
+            os.kill(case.draw.choice(workers), signal.SIGKILL)
+        return phase, victim
+    if victim == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(process.pid, signal.SIGKILL)
     process.wait(GONE_S)
-    end = time.monotonic() + GONE_S
-    while left := [pid for pid in family[1:] if is_alive(pid)]:
-        if time.monotonic() > end:
-            case.faults.append(f"processes left after a kill ({victim}): {left}")
-            break
-        time.sleep(0.05)
-    case.fell_into[phase] += 1
-    return True
-
-
-def expect(case: Case, code: int, what: str) -> bool:
-    if code:
-        tail = (case.folder / "log").read_text(errors="replace").splitlines()[-12:]
-        case.faults.append(f"{what}: exit code {code}\n" + "\n".join(tail))
-    return code == 0
-
-
-def phase_of(run: Path) -> str:
-    """What a run is doing, by its files."""
-    from tunesmith.core.events import read_events
-
-    last = None
-    for event in read_events(run / "events.jsonl"):
-        last = event
-    if any((run / "checkpoints").glob(".*")):
-        return "save"
-    if last is None or last["event"] in ("start", "data", "plan", "resume", "warning"):
-        return "start"
-    if last["event"] == "end":
-        return "export" if last.get("status") == "finished" else "start"
-    evaluates = last["event"] == "step" and last["step"] % 4 == 0
-    return "evaluation" if evaluates else "steps"
-
-
-def exported(run: Path) -> dict[str, str]:
-    """File: hash of what was exported, but for the card and the manifest, which have paths and times."""
-    from tunesmith.core.paths import sha256_file
-
-    files = sorted((run / "export").rglob("*.safetensors"))
-    return {str(path.relative_to(run)): sha256_file(path) for path in files}
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of the case's runs and of the cache."""
-    places = [folder / "runs", folder.parent / "cache"]
-    found = [path for place in places for path in place.rglob(".*") if not path.name.endswith(".lock")]
-    return found
-
-
-# -- what is trained ---------------------------------------------------------------------------------------
-
-
-def make_case(name: str, folder: Path, model: Path, seed: int) -> Case:
-    folder.mkdir()
-    draw = random.Random(f"{seed} {name}")
-    sections = CASES[name]
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row(draw, "objective" in sections)) + "\n" for _ in range(48)))
-    recipe: dict[str, Any] = {
-        "model": {"path": str(model)},
-        "data": {"sources": [{"path": str(rows)}], "max_length": 192, "eval_fraction": 0.1},
-        "eval": {"every": 4},
-        "samples": {"every": 8, "prompts": ["Add 1 and 2."], "max_new_tokens": 4},
-        "hardware": {"device": "cpu", "threads": 1},
-        "output_dir": str(folder / "runs"),
-    }
-    for key, section in sections.items():
-        recipe[key] = recipe.get(key, {}) | section
-    recipe["train"] = {"precision": "fp32"} | TRAIN | sections.get("train", {})
-    if sections.get("train", {}).get("memory"):
-        del recipe["train"]["precision"]
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(recipe, indent=1))  # JSON is YAML
-    return Case(name, folder, path, draw)
-
-
-def row(draw: random.Random, preference: bool) -> dict[str, Any]:
-    numbers = [str(draw.randint(0, 99)) for _ in range(draw.randint(2, 20))]
-    question = f"Add {' and '.join(numbers)}."
-    answer, worse = " ".join(numbers[: draw.randint(1, 10)]), " ".join(reversed(numbers))
-    if preference:
-        return {"prompt": question, "chosen": answer, "rejected": worse}
-    said = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
-    return {"messages": list(said)}
-
-
-def tiny_model(folder: Path, cache: Path) -> Path:
-    """A random Llama of two layers with the tokenizer of the built-in model."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from tunesmith.hub.sources import resolve_model
-
-    given = os.environ.get("TUNESMITH_TEST_SMOL")
-    source = Path(given) if given else resolve_model("smollm2-135m-instruct").folder
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 49152}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
+    return look.phase(), victim
 
 
 # -- the table ---------------------------------------------------------------------------------------------
 
-PHASES = ("start", "steps", "evaluation", "save", "export")
 HEAD = ("case", "kills", *PHASES, "runs", "exact", "minutes")
 
 
 def row_of(case: Case) -> str:
-    cells = [case.name, case.kills, *(case.fell_into[phase] for phase in PHASES)]
+    fell = case.fell_into()
+    cells = [case.name, len(case.kills), *(fell[phase] for phase in PHASES)]
     return line([*cells, case.finished, "NO" if case.faults else "yes", f"{case.seconds / 60:.1f}"])
 
 
@@ -353,16 +292,37 @@ def line(cells: list[Any] | tuple[str, ...]) -> str:
     return "| " + " | ".join(f"{cell!s:>10}" for cell in cells) + " |"
 
 
-def report(cases: list[Case]) -> int:
-    print(line(HEAD))
-    print("|" + (" " + "-" * 10 + " |") * len(HEAD))
-    for case in cases:
-        print(row_of(case))
-    kills, runs = sum(case.kills for case in cases), sum(case.finished for case in cases)
-    faults = [f"{case.name}: {fault}" for case in cases for fault in case.faults]
-    print(f"\n{kills} kills in {runs} runs; {len(faults) or 'no'} faults")
-    print("\n".join(faults))
-    return 1 if faults else 0
+def table(cases: list[Case]) -> str:
+    found = as_dict(cases)
+    total = ["all", found["kills"], *(found["phases"][phase] for phase in PHASES), found["runs"]]
+    total += ["NO" if found["faults"] else "yes", f"{found['seconds'] / 60:.1f}"]
+    lines = [line(HEAD), "|" + (" " + "-" * 10 + " |") * len(HEAD), *map(row_of, cases), line(total)]
+    victims = ", ".join(f"{count} {name}" for name, count in sorted(found["victims"].items()))
+    lines += ["", f"{found['kills']} kills ({victims}; {found['cold']} of programs of their own) in"]
+    lines[-1] += f" {found['runs']} runs; {len(found['faults']) or 'no'} faults"
+    return "\n".join([*lines, *found["faults"]])
+
+
+def as_dict(cases: list[Case]) -> dict[str, Any]:
+    kills = [kill for case in cases for kill in case.kills]
+    fell = Counter(kill.phase for kill in kills)
+    return {
+        "kills": len(kills),
+        "runs": sum(case.finished for case in cases),
+        "phases": {phase: fell[phase] for phase in PHASES},
+        "victims": dict(Counter(kill.victim for kill in kills)),
+        "cold": sum(kill.cold for kill in kills),
+        "seconds": sum(case.seconds for case in cases),
+        "faults": [f"{case.name}: {fault}" for case in cases for fault in case.faults],
+        "cases": {
+            case.name: {
+                "runs": case.finished,
+                "seconds": case.seconds,
+                "kills": list(map(asdict, case.kills)),
+            }
+            for case in cases
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadGroupScheduling
 
+from tests import warm
 from tests.docker_daemon import busybox_image, docker_host, python_image, use_docker
 from tests.ssh_server import ssh_server
 
@@ -17,21 +19,43 @@ __all__ = ["busybox_image", "docker_host", "python_image", "ssh_server", "use_do
 
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest: started first, so that none of them runs alone at the end.
-LONGEST = ("test_airgap", "test_train_kill", "test_image", "test_setup", "test_quickstart", "test_bundle")
+LONGEST = (
+    "test_containers", "test_image", "test_airgap", "test_parallel", "test_methods", "test_train_faults",
+    "test_serve", "test_train", "test_setup", "test_quickstart", "test_preference", "test_lab_files",
+    "test_verify", "test_bundle", "test_train_kill", "test_base_install",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warm.ENVIRONMENT.update(os.environ)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if "docker_host" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("docker"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_gpu():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+class FilesAndGroups(LoadGroupScheduling):
+    """Each file goes to one worker whole; of all files, the tests with docker share a daemon and its images."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        group = super()._split_scope(nodeid)
+        return nodeid.split("::", 1)[0] if group == nodeid else group
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndGroups:
+    return FilesAndGroups(config, log)
 
 
 def _has_gpu() -> bool:
@@ -97,7 +121,7 @@ def sample_data() -> Path:
 
 
 class Cli:
-    """Runs the real command in a process of its own."""
+    """Runs the real command in a process of its own; see tests/warm.py for how it is started."""
 
     def __call__(
         self,
@@ -106,18 +130,24 @@ class Cli:
         timeout: float = 300,
         env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "tunesmith", *map(str, args)],
-            cwd=cwd,
-            env=os.environ | (env or {}),
-            timeout=timeout,
-            capture_output=True,
-            text=True,
-        )
+        pipe = subprocess.PIPE
+        with warm.start(*args, env=env, cwd=cwd, stdout=pipe, stderr=pipe) as process:
+            try:
+                out, errors = process.communicate(timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
-    def json(self, *args: str | Path, cwd: Path | None = None, timeout: float = 300) -> dict[str, object]:
+    def json(
+        self,
+        *args: str | Path,
+        cwd: Path | None = None,
+        timeout: float = 300,
+        env: dict[str, str] | None = None,
+    ) -> dict[str, object]:
         """Run with --json, expect success, and return the one object on stdout."""
-        done = self(*args, "--json", cwd=cwd, timeout=timeout)
+        done = self(*args, "--json", cwd=cwd, timeout=timeout, env=env)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.strip().splitlines()
         assert len(lines) == 1, done.stdout

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 # Rows and steps enough to go through every stage, and no more.
 SHORT = ["--rows", "8", "--test-rows", "3", "--set", "samples.every=0", "--set", "eval.max_rows=2",
-         "--set", "hardware.threads=1"]  # fmt: skip
+         "--set", "train.max_steps=2", "--set", "hardware.threads=1"]  # fmt: skip
 # Notes every address that Python asks for or connects to, in each process of the environment.
 AUDIT = """\
 import os, sys; sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.getaddrinfo") \

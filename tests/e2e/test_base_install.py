@@ -17,12 +17,13 @@ BARE = "bare-ubuntu2204.json"
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a fresh environment with the base install only."""
+    """The Python of a fresh environment with the base install only, put there by this environment's pip."""
     folder = tmp_path_factory.mktemp("base") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
-    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
-    done = subprocess.run([python, *install, str(ROOT)], cwd=ROOT, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    install = [*pip, "install", "--quiet", "--no-compile", "-c", "constraints.txt", str(ROOT)]
+    done = subprocess.run(install, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return python
 

@@ -69,7 +69,17 @@ def test_loss_and_exact_match_equal_transformers(cli: Any, smol: Path, expected:
     data = write_rows(tmp_path / "rows.jsonl", [entry["row"] for entry in expected])
     rows = tmp_path / "out" / "rows.jsonl"
     found = cli.json(
-        "eval", smol, "--data", data, "--max-new-tokens", str(MAX_NEW), "--output", rows, "--show", "2"
+        "eval",
+        smol,
+        "--data",
+        data,
+        "--max-new-tokens",
+        str(MAX_NEW),
+        "--output",
+        rows,
+        "--show",
+        "2",
+        env={"TUNESMITH_TEST_COLD": "1"},
     )
     loss = sum(e["loss"] for e in expected) / sum(e["tokens"] for e in expected)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)

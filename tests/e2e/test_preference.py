@@ -13,6 +13,7 @@ from tests.conftest import Cli
 from tests.e2e.train_helpers import Training, write_recipe
 from tunesmith.core.events import read_events
 from tunesmith.train.metrics import final_events
+from tunesmith.workflows.train import train_recipe
 
 
 def write_pairs(path: Path, count: int = 32) -> Path:
@@ -64,8 +65,9 @@ def finish(recipe: Path) -> list[dict[str, Any]]:
 def test_killed_and_resumed_it_is_the_same(
     tmp_path: Path, tiny: Path, method: dict[str, Any], objective: dict[str, Any]
 ) -> None:
-    never = finish(recipe_in(tmp_path / "never", tiny, method=method, objective=objective))
-    recipe = recipe_in(tmp_path / "killed", tiny, method=method, objective=objective)
+    given = {"method": method, "objective": objective}
+    never = history(train_recipe(recipe_in(tmp_path / "never", tiny, **given), []).run.path)
+    recipe = recipe_in(tmp_path / "killed", tiny, **given)
     training = Training(recipe)
     training.wait_for(lambda: training.new_events("step") >= 4)
     training.kill()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ import torch
 from openai import AsyncOpenAI, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import warm
 from tests.greedy import greedy
 from tunesmith.model.template import encode_prompt
 
@@ -49,10 +48,8 @@ class Running:
 
 
 def start(*args: str | Path, env: dict[str, str] | None = None) -> Running:
-    command = [sys.executable, "-m", "tunesmith", "serve", *map(str, args), "--port", "0", "--json"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
-    )
+    pipe = subprocess.PIPE
+    process = warm.start("serve", *args, "--port", "0", "--json", env=env, stdout=pipe, stderr=pipe)
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
@@ -76,7 +73,7 @@ def small(tiny: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def real(smol: Path) -> Iterator[Running]:
-    running = start(smol, "--model-name", "smol")
+    running = start(smol, "--model-name", "smol", env={"TUNESMITH_TEST_COLD": "1"})
     yield running
     stop(running)
 
@@ -122,7 +119,7 @@ def test_32_concurrent_answers_each_equal_the_single_one(real: Running) -> None:
         stream = await client.chat.completions.create(
             model="smol",
             messages=[{"role": "user", "content": f"Tell me {number} facts about the number {number}."}],
-            max_tokens=8 + number % 5,
+            max_tokens=4 + number % 5,
             temperature=0 if number % 2 else 0.9,
             seed=number,
             stream=True,

@@ -26,10 +26,10 @@ SHORT = {"max_steps": 4, "save_every": 2, "keep_checkpoints": 10}
 def test_the_whole_way_and_its_files(tmp_path: Path, tiny: Path, cli: Cli) -> None:
     samples = {"prompts": ["Add 1 and 2."], "max_new_tokens": 4}
     recipe = write_recipe(tmp_path, tiny, train=SHORT, samples=samples)
-    plan = cli.json("train", recipe, "--dry-run")
+    plan = cli.json("train", recipe, "--dry-run", env={"TUNESMITH_TEST_COLD": "1"})
     run = RunFolder(tmp_path / "runs" / "run")
     assert plan["work"]["steps"] == 4 and not run.path.exists()  # type: ignore[index]
-    found = cli.json("train", recipe)
+    found = cli.json("train", recipe, env={"TUNESMITH_TEST_COLD": "1"})
     assert found["steps"] == 4 and found["run"] == str(run.path) and found["resumed"] is False
     assert found["tokens"] == plan["work"]["tokens"]  # type: ignore[index]
     assert found["eval_loss"] < found["eval_loss_before"]  # type: ignore[operator]
@@ -196,16 +196,16 @@ def test_a_failing_disk_keeps_the_last_good_checkpoint(tmp_path: Path, tiny: Pat
 def test_every_precision_learns_and_resumes_exactly(
     tmp_path: Path, tiny: Path, precision: str, method: str
 ) -> None:
-    train = {"max_steps": 6, "precision": precision, "save_every": 3, "keep_checkpoints": 10}
+    train = {"max_steps": 4, "precision": precision, "save_every": 2, "keep_checkpoints": 10}
     recipe = write_recipe(tmp_path, tiny, train=train, method={"type": method, "dropout": 0.0})
     first = train_recipe(recipe, [])
     curve = loss_curve(first.run.events)
     assert first.eval_loss_before - first.eval_loss > 0.1, (first.eval_loss_before, first.eval_loss)
-    cut_back(first.run, to_step=3)
+    cut_back(first.run, to_step=2)
     second = train_recipe(recipe, [])
     assert second.resumed and loss_curve(first.run.events) == curve
     stored = load_file(
-        first.run.checkpoint(6)
+        first.run.checkpoint(4)
         / ("adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors")
     )
     wanted = torch.bfloat16 if precision == "bf16-pure" else torch.float32

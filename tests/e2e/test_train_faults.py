@@ -46,19 +46,18 @@ def long_rows(path: Path, count: int = 40) -> Path:
     return path
 
 
-def big_batches(folder: Path, tiny: Path, **train: Any) -> Path:
+def big_batches(folder: Path, tiny: Path, *, held_out: float = 0.0, **sections: dict[str, Any]) -> Path:
     folder.mkdir()
     steps = {"max_steps": 10, "micro_batch_size": 8, "grad_accumulation": 1, "save_every": 1}
+    source = {"path": str(long_rows(folder / "long.jsonl"))}
+    train = steps | {"keep_checkpoints": 100, "lr": 1e-3} | sections.pop("train", {})
     return write_recipe(
         folder,
         tiny,
-        data={
-            "sources": [{"path": str(long_rows(folder / "long.jsonl"))}],
-            "max_length": 1024,
-            "eval_fraction": 0.0,
-        },
+        data={"sources": [source], "max_length": 1024, "eval_fraction": held_out},
         method={"type": "full"},
-        train=steps | {"keep_checkpoints": 100, "lr": 1e-3} | train,
+        train=train,
+        **sections,
     )
 
 
@@ -88,6 +87,81 @@ def test_out_of_memory_cuts_the_micro_batches_and_nothing_else(tmp_path: Path, t
         assert train_recipe(recipe, []).resumed
         assert loss_curve(run.events) == curve
     assert "cut" in run.report.read_text()
+
+
+def warnings_of(run: RunFolder) -> list[tuple[int, str]]:
+    return [(event["step"], event["what"]) for event in read_events(run.events, "warning") if "step" in event]
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / "model" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_an_evaluation_without_memory_is_cut_and_gives_the_same(tmp_path: Path, tiny: Path) -> None:
+    evaluations = {"held_out": 0.4, "eval": {"every": 1}, "train": {"max_steps": 12, "save_every": 100}}
+    plain = train_recipe(big_batches(tmp_path / "plain", tiny, **evaluations), []).run  # type: ignore[arg-type]
+    code, errors, run = train_with("eval", big_batches(tmp_path / "cut", tiny, **evaluations))  # type: ignore[arg-type]
+    assert code == 0, errors
+    warned = [what for _, what in warnings_of(run)]
+    assert warned and all("memory ran out in the evaluation" in what for what in warned), errors
+    losses = [[event["loss"] for event in read_events(r.events, "eval")] for r in (plain, run)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[1]) == 13
+    assert loss_curve(run.events) == loss_curve(plain.events)
+    assert "memory ran out in the evaluation" in run.report.read_text()
+
+
+@pytest.mark.slow
+def test_samples_without_memory_are_left_out_and_named(tmp_path: Path, tiny: Path) -> None:
+    samples = {"every": 2, "prompts": ["Say something. " * 40], "max_new_tokens": 4}
+    steps = {"max_steps": 4, "save_every": 100}
+    recipes = [big_batches(tmp_path / name, tiny, samples=samples, train=steps) for name in ("plain", "cut")]
+    plain = train_recipe(recipes[0], []).run
+    code, errors, run = train_with("samples", recipes[1])
+    assert code == 0, errors
+    assert [step for step, _ in warnings_of(run)] == [2, 4]
+    assert all(
+        "samples.max_new_tokens" in what and "training goes on" in what for _, what in warnings_of(run)
+    )
+    assert [event["step"] for event in read_events(run.events, "sample")] == [0]
+    assert len(list(read_events(plain.events, "sample"))) == 3
+    assert loss_curve(run.events) == loss_curve(plain.events)
+
+
+@pytest.mark.slow
+def test_an_update_without_memory_ends_the_run_with_the_last_checkpoint_good(
+    tmp_path: Path, tiny: Path
+) -> None:
+    states = {"optimizer": "adamw-8bit", "max_steps": 6}
+    recipes = [big_batches(tmp_path / name, tiny, train=states) for name in ("plain", "cut")]
+    plain = train_recipe(recipes[0], []).run
+    code, errors, run = train_with("update", recipes[1])
+    assert code == 4 and "Traceback" not in errors, errors
+    assert "error: step 4: memory ran out in the optimizer's update: " in errors
+    assert f"the last good checkpoint is {run.checkpoint(3)}" in errors
+    assert "hint: free memory, and the same command goes on from there" in errors
+    assert run.latest_checkpoint() == run.checkpoint(3), "half updated weights were saved"
+    assert [event["status"] for event in read_events(run.events, "end")] == ["failed"]
+    assert train_recipe(recipes[1], []).resumed
+    assert loss_curve(run.events) == loss_curve(plain.events)
+    found, wanted = (weights_of(r.checkpoint(6)) for r in (run, plain))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_a_save_without_memory_is_left_out_and_training_goes_on(tmp_path: Path, tiny: Path) -> None:
+    saves = {"max_steps": 6, "keep_checkpoints": 2}
+    recipes = [big_batches(tmp_path / name, tiny, train=saves) for name in ("plain", "cut")]
+    plain = train_recipe(recipes[0], []).run
+    code, errors, run = train_with("save", recipes[1])
+    assert code == 0, errors
+    assert [step for step, _ in warnings_of(run)] == [3, 4]
+    for _, what in warnings_of(run):
+        assert "memory ran out while the checkpoint was written" in what
+        assert f"training goes on, and the last good one is {run.checkpoint(2)}" in what
+    assert [event["step"] for event in read_events(run.events, "checkpoint")] == [0, 1, 2, 5, 6]
+    assert not list(run.checkpoints.glob(".*"))
+    assert loss_curve(run.events) == loss_curve(plain.events)
 
 
 class Room:
@@ -138,6 +212,16 @@ def test_a_document_that_memory_never_holds_is_named(tmp_path: Path) -> None:
     events = trainer.task.run.events
     assert [event["status"] for event in read_events(events, "end")] == ["failed"]
     assert list(read_events(events, "out_of_memory"))
+
+
+def test_a_held_out_document_that_memory_never_holds_is_named(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    trainer = trainer_in(tmp_path, model, two_micro_batches, steps=2)
+    object.__setattr__(trainer.task, "eval_batches", two_micro_batches(9))
+    Room(model, tokens=1).from_call = 1  # the try of the longest batch
+    with pytest.raises(RunFailed, match=r"the evaluation: \d+ tokens \(row \d\) do not fit") as stopped:
+        trainer.run()
+    assert stopped.value.exit_code == 4 and "eval.max_rows" in (stopped.value.hint or "")
 
 
 # -- disk ----------------------------------------------------------------------------------------------------

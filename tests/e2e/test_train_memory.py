@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from tests.conftest import Cli
 from tests.e2e.train_helpers import Training, write_recipe
 from tunesmith.train.metrics import loss_curve
+from tunesmith.workflows.train import train_recipe
 
 SMALLEST: dict[str, Any] = {
     "memory": "smallest", "max_grad_norm": None, "grad_accumulation": 1, "max_steps": 8, "lr": 1e-3,
@@ -25,9 +26,7 @@ def recipe_in(folder: Path, model: Path, **train: Any) -> Path:
 
 @pytest.mark.slow
 def test_the_smallest_plan_goes_on_exactly_after_a_kill(tiny: Path, tmp_path: Path) -> None:
-    whole = Training(recipe_in(tmp_path / "whole", tiny))
-    code, _, errors = whole.end()
-    assert code == 0, errors
+    whole = train_recipe(recipe_in(tmp_path / "whole", tiny), []).run
     killed = Training(recipe_in(tmp_path / "killed", tiny))
     killed.wait_for(lambda: killed.new_events("step") >= 3)
     killed.kill()

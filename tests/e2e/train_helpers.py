@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from tests import warm
 from tunesmith.core.events import read_events
 from tunesmith.core.run_folder import MANIFEST, RunFolder
 
@@ -83,10 +83,8 @@ class Training:
         self.run = recipe.parent / "runs" / "run"
         self.events = self.run / "events.jsonl"
         self._seen = len(list(read_events(self.events)))
-        command = [sys.executable, "-m", "tunesmith", "train", str(recipe), *args]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=recipe.parent
-        )
+        pipe = subprocess.PIPE
+        self.process = warm.start("train", recipe, *args, stdout=pipe, stderr=pipe, cwd=recipe.parent)
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         end = time.monotonic() + timeout_s

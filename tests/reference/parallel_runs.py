@@ -22,9 +22,11 @@ from tunesmith.train.group import join_group, leave_group
 from tunesmith.train.loop import Task, Trainer
 from tunesmith.train.metrics import final_events
 from tunesmith.train.objective import Supervised
+from tunesmith.train.precision import base_dtype, cast_trained
 from tunesmith.train.ranks import Ranks, ranks_from
 
 STEPS, SAVED = 6, 3
+PREDICTED = "predicted"  # file with the bytes of a checkpoint's tensors, as the engine tells them
 # name: (engine, zero_stage, offload)
 ENGINES = {
     "single": ("single", 3, "none"),
@@ -103,6 +105,8 @@ def train(folder: Path, engine: str, method: str, ranks: Ranks, found: Path | No
         if found is not None:
             trainer.restore(found)
         trainer.run()
+        if ranks.first:
+            (folder / PREDICTED).write_text(str(trainer.engine.num_bytes()))
     return run
 
 
@@ -114,8 +118,46 @@ def curve(run: RunFolder) -> dict[str, float]:
     return found | {f"eval {event['step']}": event["loss"] for event in evals}
 
 
-def run_all(local: int, out: Path, port: int, processes: int) -> None:
-    """One of the processes: every engine and method, from the beginning and from one process's checkpoint."""
+def two_batches(step: int) -> list[Batch]:
+    return batches(step)[:2]
+
+
+def train_in_bf16(folder: Path, engine: str, method: str, ranks: Ranks) -> RunFolder:
+    """fp32 weights that are multiplied in bf16. Two micro-batches a step, one for each of two processes, and
+    no clipping: so every sum is of two numbers, the same in either order."""
+    recipe = recipe_for(engine, method)
+    changed = {"precision": "bf16", "max_grad_norm": None, "save_every": 100}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=changed)})
+    model = make_model("llama-tied").to(base_dtype("bf16", full=method == "full"))
+    attention.install(model)
+    if method == "lora":
+        model = attach_lora(model, rank=3, alpha=6.0, dropout=0.0, targets="all-linear", rslora=False, seed=0)
+    cast_trained(model, "bf16")
+    run = RunFolder(folder)
+    task = Task(
+        recipe=recipe,
+        run=run,
+        model=model,
+        total_steps=STEPS,
+        batches=two_batches,
+        longest=two_batches(0)[1],
+        epochs_after=float,
+    )
+    with EventLog(run.events if ranks.first else Path(os.devnull)) as events:
+        Trainer(task, events, make_engine(model, Supervised(), recipe, ranks)).run()
+    return run
+
+
+def run_bf16(local: int, out: Path, port: int) -> None:
+    """One of two processes."""
+    ranks = join(local, port, 2)
+    for method in METHODS:
+        for engine in ("ddp", "fsdp-3"):
+            train_in_bf16(out / f"{engine}-{method}", engine, method, ranks)
+    leave_group()
+
+
+def join(local: int, port: int, processes: int) -> Ranks:
     os.environ |= {
         "RANK": str(local),
         "WORLD_SIZE": str(processes),
@@ -128,6 +170,12 @@ def run_all(local: int, out: Path, port: int, processes: int) -> None:
     torch.set_num_threads(1)
     ranks = ranks_from(os.environ)
     join_group(ranks, "cpu")
+    return ranks
+
+
+def run_all(local: int, out: Path, port: int, processes: int) -> None:
+    """One of the processes: every engine and method, from the beginning and from one process's checkpoint."""
+    ranks = join(local, port, processes)
     curves = {}
     for method in METHODS:
         single = RunFolder(out / f"single-{method}").checkpoint(SAVED)

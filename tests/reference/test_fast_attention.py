@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +40,24 @@ def test_values_and_gradients(heads: int, dtype: torch.dtype, tolerance: float) 
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_queries_of_the_ends_of_documents(heads: int) -> None:
+    q, k, v = tensors(heads, torch.float64)
+    own = [3, 0, SHORT - 100, 1, 300, 7]
+    ends = np.cumsum(LENGTHS)
+    asked = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, own, strict=True)])
+    weights = torch.randn(1, sum(own), heads, 16, dtype=torch.float64)
+    found = attend_documents(q[:, :, asked], k, v, LENGTHS, 0.3, own=own)
+    wanted = attend_documents(q, k, v, LENGTHS, 0.3)[:, asked]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), (q, k, v)),
+        torch.autograd.grad((wanted * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
 
 
 def test_in_bf16_it_is_as_near_to_fp32_as_torchs_own() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.loading import first_load
 
 app = typer.Typer(
     add_completion=False,
@@ -65,7 +66,8 @@ def train(
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Train the same rows with tunesmith and its peers, in turns; tokens/s, memory, start-up and losses."""
-    from tunesmith.workflows.bench import BenchOptions, bench_train
+    with first_load("torch"):
+        from tunesmith.workflows.bench import BenchOptions, bench_train
 
     values: dict[str, Any] = {
         "model": model, "data": data, "methods": tuple(method or ("lora", "full")),

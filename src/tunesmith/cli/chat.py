@@ -10,6 +10,7 @@ import typer
 
 from tunesmith.cli.main import print_json
 from tunesmith.core.errors import UserError
+from tunesmith.core.loading import first_load
 from tunesmith.core.progress import say
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def chat(
     """Talk to a model or run; the answers stream."""
     if json and message is None:
         raise UserError("--json: needs --message", hint='add --message "TEXT", or --message - for stdin')
-    from tunesmith.workflows.chat import open_chat
+    with first_load("torch"):
+        from tunesmith.workflows.chat import open_chat
 
     talk = open_chat(
         model,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.loading import first_load
 
 app = typer.Typer(
     add_completion=False,
@@ -49,7 +50,8 @@ def show(
     json: bool = JSON,
 ) -> None:
     """Print rows as the model will see them; the tokens it learns are green, or in ⟦brackets⟧."""
-    from tunesmith.workflows.data import show_rows
+    with first_load("torch"):
+        from tunesmith.workflows.data import show_rows
 
     rows = show_rows(recipe, set_ or [], count=n, source=source)
     if json:
@@ -79,7 +81,8 @@ def _marked(spans: list[tuple[str, bool]], *, colour: bool) -> Text:
 @app.command(epilog="Example: tunesmith data check recipe.yaml --json")
 def check(recipe: Path = RECIPE, set_: list[str] | None = SET, json: bool = JSON) -> None:
     """Count what becomes of every row and token of a recipe; tokenises what is not in the cache."""
-    from tunesmith.workflows.data import check_data
+    with first_load("torch"):
+        from tunesmith.workflows.data import check_data
 
     found = check_data(recipe, set_ or [])
     if json:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.loading import first_load
 from tunesmith.core.units import duration_text
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def evaluate(
     The loss is the mean over all supervised tokens (answers and their stop tokens). An answer matches when
     it equals the row's last answer, blanks at both ends aside.
     """
-    from tunesmith.workflows.evaluate import evaluate_model
+    with first_load("torch"):
+        from tunesmith.workflows.evaluate import evaluate_model
 
     result = evaluate_model(
         model,

@@ -8,6 +8,7 @@ from typing import Literal
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.loading import first_load
 from tunesmith.core.units import bytes_text
 
 app = typer.Typer(add_completion=False)
@@ -37,7 +38,8 @@ def export(
 
     A merged model is read back and compared with the adapter before it gets its name.
     """
-    from tunesmith.workflows.export import export_run
+    with first_load("torch"):
+        from tunesmith.workflows.export import export_run
 
     done = export_run(run, to, output=output, checkpoint=checkpoint, dtype=dtype).as_dict()
     if json:

@@ -95,7 +95,7 @@ def print_json(value: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = sys.argv[1:] if argv is None else argv
     if argv is None:  # this process is the program's own
-        postpone("bitsandbytes")
+        postpone("bitsandbytes", "deepspeed")
     try:
         code = dispatch(args)
     except TunesmithError as error:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.loading import first_load
 from tunesmith.core.units import duration_text
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def quickstart(
 
     Needs two CPU cores and some minutes. A call that was interrupted goes on where it stopped.
     """
-    from tunesmith.workflows.quickstart import Options
-    from tunesmith.workflows.quickstart import quickstart as run
+    with first_load("torch"):
+        from tunesmith.workflows.quickstart import Options
+        from tunesmith.workflows.quickstart import quickstart as run
 
     options = Options(
         output=output, rows=rows, test_rows=test_rows, seed=seed, overrides=tuple(set_), fresh=fresh

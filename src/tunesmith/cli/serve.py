@@ -10,6 +10,7 @@ import typer
 
 from tunesmith.cli.main import print_json
 from tunesmith.core.errors import UserError
+from tunesmith.core.loading import first_load
 
 app = typer.Typer(add_completion=False)
 
@@ -79,8 +80,9 @@ def serve(
     json: bool = typer.Option(False, "--json", help="Print one JSON object when ready, then keep serving."),
 ) -> None:
     """Answer over an OpenAI-compatible API until stopped."""
-    from tunesmith.workflows.serve import ServeOptions
-    from tunesmith.workflows.serve import serve as run
+    with first_load("torch"):
+        from tunesmith.workflows.serve import ServeOptions
+        from tunesmith.workflows.serve import serve as run
 
     options = ServeOptions(
         adapter=adapter,

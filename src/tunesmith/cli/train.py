@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.loading import first_load
 
 app = typer.Typer(add_completion=False)
 
@@ -45,7 +46,8 @@ def train(
         outcome = launch(recipe, overrides, fresh=fresh, processes=processes, cluster=cluster)
         _print(outcome.value, json)
         raise typer.Exit(outcome.code)
-    from tunesmith.workflows.train import plan_recipe, train_recipe
+    with first_load("torch"):
+        from tunesmith.workflows.train import plan_recipe, train_recipe
 
     if dry_run:
         plan = plan_recipe(recipe, overrides)

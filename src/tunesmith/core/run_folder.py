@@ -61,15 +61,18 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
+    def saved_checkpoints(self) -> list[Path]:
+        """The checkpoints that have a manifest, oldest first, unread: one of them may be harmed."""
+        found = [path for path in self.checkpoints.glob("step-*") if read_manifest(path) is not None]
+        return sorted(found, key=lambda path: (len(path.name), path.name))
+
     def complete_checkpoints(self) -> list[Path]:
         """The whole and unharmed checkpoints, oldest first."""
-        found = sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name))
-        return [path for path in found if manifest_holds(path)]
+        return [path for path in self.saved_checkpoints() if manifest_holds(path)]
 
     def latest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; damaged newer ones are passed over."""
-        found = sorted(self.checkpoints.glob("step-*"), key=lambda p: (len(p.name), p.name), reverse=True)
-        return next((path for path in found if manifest_holds(path)), None)
+        return next((path for path in reversed(self.saved_checkpoints()) if manifest_holds(path)), None)
 
 
 def is_run(path: Path) -> bool:

@@ -26,6 +26,9 @@ SPEAKERS = {
 }
 
 
+_CONTENT = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
+
 class RowError(Exception):
     """What is wrong with a row."""
 
@@ -56,7 +59,7 @@ class Dialogue:
         rejected = [] if self.rejected is None else [self.rejected]
         value = self.text if self.text is not None else [self.messages, self.tools, *rejected]
         try:
-            return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).digest()
+            return hashlib.sha256(_CONTENT.encode(value).encode()).digest()
         except UnicodeEncodeError:
             raise RowError("holds half of a surrogate pair, which is no text") from None
 

@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 import tunesmith
 from tunesmith.core.errors import UserError
-from tunesmith.core.paths import locked, new_folder, sha256_file, sha256_json
+from tunesmith.core.paths import sha256_file, sha256_json
 from tunesmith.core.progress import Meter
 from tunesmith.data.counts import FileCounts, totals
 from tunesmith.data.formats import RowShape, no_pairs, only_pairs, shape_of
 from tunesmith.data.readers import BadRow, NumberedRow, RowFile, open_source
-from tunesmith.data.store import MARKS, Pick, Rows, RowWriter, TokenStore, open_rows
+from tunesmith.data.store import MARKS, Pick, Rows, RowWriter, TokenStore, cached_rows
 from tunesmith.data.tokens import RowEncoder, encode_rows
 from tunesmith.model.template import template_hash
 from tunesmith.recipe.schema import Data, Source
@@ -39,7 +39,7 @@ PEEK_ROWS = 1000
 SHOWN_FAULTS = 5
 MAX_FAULTS = 1000
 TOKEN_CODE = (
-    "model/messages.py", "model/special.py", "model/template.py",
+    "model/messages.py", "model/rendering.py", "model/special.py", "model/template.py",
     "data/dialects.py", "data/dialogue.py", "data/formats.py", "data/preference.py", "data/readers.py",
     "data/store.py", "data/tokens.py",
 )  # fmt: skip
@@ -120,22 +120,14 @@ def tokenised(
 ) -> tuple[Rows, bool]:
     """The tokenised rows of a file, and whether they were in the cache; a damaged entry is made again."""
     folder = cache_dir / "data" / _key(file, source, data, tokenizer)
-    known = open_rows(folder)
-    if known is not None:
-        if pairs and known.format != "preference":
-            raise no_pairs(file.name, f"these are '{known.format}'", place)
-        if known.format == "preference" and not pairs:
-            raise only_pairs(file.name, place)
-        return known, True
-    with locked(folder):
-        known = open_rows(folder)  # another process may have made it meanwhile
-        if known is None:
-            with new_folder(folder) as fresh:
-                _tokenise(file, source, place, data, tokenizer, fresh, pairs=pairs)
-            made = open_rows(folder)
-            assert made is not None
-            return made, False
-    return known, True
+    rows, known = cached_rows(
+        folder, lambda fresh: _tokenise(file, source, place, data, tokenizer, fresh, pairs=pairs)
+    )
+    if pairs and rows.format != "preference":
+        raise no_pairs(file.name, f"these are '{rows.format}'", place)
+    if rows.format == "preference" and not pairs:
+        raise only_pairs(file.name, place)
+    return rows, known
 
 
 def _tokenise(

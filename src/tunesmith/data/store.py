@@ -9,6 +9,7 @@ end to end, `lengths.npy` and `supervised.npy` [R] token counts, `numbers.npy` [
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.core.paths import locked, new_folder
 from tunesmith.core.run_folder import manifest_holds, read_manifest, write_manifest
 from tunesmith.model.batch import IGNORE
 
@@ -142,6 +144,26 @@ class _NpyFile:
         np.lib.format.write_array_header_1_0(
             self._file, {"descr": descr, "fortran_order": False, "shape": shape}
         )
+
+
+def cached_rows(folder: Path, make: Callable[[Path], None]) -> tuple[Rows, bool]:
+    """The rows in a folder, and whether they were there.
+
+    If they were not, or are damaged, `make` writes them into the new folder that it is given; processes that
+    want the same rows wait for one of them to do so.
+    """
+    known = open_rows(folder)
+    if known is not None:
+        return known, True
+    with locked(folder):
+        known = open_rows(folder)  # another process may have made it meanwhile
+        if known is not None:
+            return known, True
+        with new_folder(folder) as fresh:
+            make(fresh)
+        made = open_rows(folder)
+        assert made is not None
+        return made, False
 
 
 def open_rows(folder: Path) -> Rows | None:

@@ -9,7 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ from tunesmith.model.batch import IGNORE
 from tunesmith.model.messages import Message
 from tunesmith.model.template import Encoded, encode_text, encoder_of
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 # A worker process needs seconds to import and to load the tokenizer: below this size it does not pay.
 POOL_FROM_BYTES = 32 * 2**20
-THREADS = 2
+THREADS = 3
 EMPTY = EncodedRow(Encoded([], []))
 
 
@@ -108,7 +109,7 @@ def _arrays(rows: list[tuple[int, bytes, EncodedRow]]) -> dict[str, NDArray[Any]
     mask = np.fromiter(chain.from_iterable(e.labels for e in encoded), dtype=np.int64) != IGNORE
     mask[(ends - lengths)[lengths > 0]] = False  # nothing comes before a row's first token to predict it
     sums = np.concatenate([[0], np.cumsum(mask)])
-    digests = [np.frombuffer(digest[:16], dtype="<u8") for _, digest, _ in rows]
+    digests = np.frombuffer(b"".join(digest[:16] for _, digest, _ in rows), dtype="<u8")
     marks = [(e.unmatched, e.straddled, e.without_stop, int(e.escaped)) for e in encoded]
     return {
         "ids": ids,
@@ -116,7 +117,7 @@ def _arrays(rows: list[tuple[int, bytes, EncodedRow]]) -> dict[str, NDArray[Any]
         "lengths": lengths,
         "supervised": (sums[ends] - sums[ends - lengths]).astype(np.int64),
         "numbers": np.array([number for number, _, _ in rows], dtype=np.int64),
-        "digests": np.array(digests, dtype=np.uint64).reshape(len(rows), 2),
+        "digests": digests.astype(np.uint64).reshape(len(rows), 2),
         "marks": np.array(marks, dtype=np.uint16).reshape(len(rows), 4),
         "branches": np.array([row.branches for _, _, row in rows], dtype=np.int64).reshape(len(rows), 3),
     }
@@ -139,8 +140,8 @@ def _chunks(rows: Iterator[NumberedRow]) -> Iterator[list[NumberedRow]]:
 
 
 def _in_threads(encoder: RowEncoder, chunks: Iterator[list[NumberedRow]]) -> Iterator[Chunk]:
-    """One chunk is tokenised, which needs no Python, while the next is rendered."""
-    encoder_of(encoder.tokenizer)  # made here: two threads would make it twice
+    """While a chunk is tokenised, which needs no Python, others are rendered and labelled."""
+    encoder_of(encoder.tokenizer)  # made here: each thread would make its own
     with ThreadPoolExecutor(THREADS) as pool:
         yield from _in_order((pool.submit(encoder.chunk, rows) for rows in chunks), most=THREADS)
 
@@ -176,6 +177,15 @@ _worker: list[RowEncoder] = []
 def _start_worker(encoder: RowEncoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker.append(encoder)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A killed parent tells its workers nothing: they would wait for rows for ever.
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(rows: list[NumberedRow]) -> Chunk:

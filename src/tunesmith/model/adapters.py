@@ -215,9 +215,14 @@ def _check_fit(folder: Path, wrapped: PeftModel, found: dict[str, tuple[int, ...
         raise _misfit(folder, wrapped, fault)
 
 
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """What `save_adapter` writes, by peft's names; a tied tensor under each of its names."""
+    found: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return found
+
+
 def _shapes(wrapped: PeftModel) -> dict[str, tuple[int, ...]]:
-    state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return {name: tuple(tensor.shape) for name, tensor in adapter_tensors(wrapped).items()}
 
 
 def _difference(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str | None:
@@ -247,7 +252,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     hub about the base, and leaves a model card with blanks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = adapter_tensors(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
     seen: set[int] = set()
     for name, tensor in tensors.items():  # tied modules have one tensor under two names: peft writes both

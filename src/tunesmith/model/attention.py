@@ -43,9 +43,17 @@ class PackedLayout:
         self.lengths: list[int] = np.diff(np.asarray(starts)).tolist()
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dropout: float = 0.0,
+        own: Sequence[int] | None = None,
     ) -> Tensor:
-        return attend_documents(q, k, v, self.lengths, scale, dropout)
+        """own: how many last tokens of each document q has (`attend_documents`)."""
+        return attend_documents(q, k, v, self.lengths, scale, dropout, own)
 
 
 def _forward(

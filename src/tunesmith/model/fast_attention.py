@@ -1,39 +1,59 @@
 """Causal attention within each of several documents, in the fastest exact form for where it runs.
 
 On a GPU in 16 bits torch's variable-length flash attention takes them all at once. On a CPU each document is
-computed alone and written straight to its place; short ones in fp32 by plain batched products, which there
-beat flash attention's blocks up to about 256 tokens. Nothing of size tokens x tokens is kept for the
+computed alone and written straight to its place; in fp32, up to about a thousand tokens, by
+`model.block_attention`, which there beats flash attention. Nothing of size tokens x tokens is kept for the
 backward pass.
 
-Shapes: T tokens, L of one document, H query heads, Hkv key/value heads, G = H / Hkv, Dh head size.
+Shapes: T tokens, U of them that ask, L of one document, H query heads, Hkv key/value heads, Dh head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-SHORT = 256
+from tunesmith.model import block_attention
+
+# Tokens of a document up to which blocks of queries are the fastest.
+SHORT = 1024
+# Scores of 16 bits would be rounded before the softmax; flash attention keeps them in fp32.
+EXACT = (torch.float32, torch.float64)
 
 
 def attend_documents(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    dropout: float = 0.0,
+    own: Sequence[int] | None = None,
 ) -> Tensor:
-    """q [1, H, T, Dh], k and v [1, Hkv, T, Dh], documents of `lengths` end to end -> [1, T, H, Dh]."""
+    """q [1, H, U, Dh], k and v [1, Hkv, T, Dh], documents of `lengths` end to end -> [1, U, H, Dh].
+
+    own: how many last tokens of each document q has, where `can_attend_from_ends`; default: all, U = T.
+    """
     if torch.is_autocast_enabled(q.device.type):  # rotated q and k may be fp32 beside a v of 16 bits
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if dropout == 0.0 and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, lengths, scale)
     if dropout == 0.0 and q.device.type == "cpu":
-        out: Tensor = _Documents.apply(q, k, v, tuple(lengths), scale)
+        parts = _parts(lengths, lengths if own is None else own)
+        out: Tensor = _Documents.apply(q, k, v, parts, scale)
         return out
     return _one_by_one(q, k, v, lengths, scale, dropout)
+
+
+def can_attend_from_ends(q: Tensor, dropout: float) -> bool:
+    """True where q may hold the last tokens of each document alone."""
+    autocast = torch.is_autocast_enabled(q.device.type)
+    return q.device.type == "cpu" and dropout == 0.0 and not autocast and q.dtype in EXACT
 
 
 def _one_by_one(
@@ -63,83 +83,65 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: floa
     return out[None]
 
 
+class _Part(NamedTuple):
+    """One document: where its queries stand in q, and its tokens in k and v."""
+
+    queries: slice
+    tokens: slice
+
+    def by_blocks(self, q: Tensor) -> bool:
+        num_queries, length = (part.stop - part.start for part in self)
+        return q.dtype in EXACT and (length <= SHORT or num_queries < length)
+
+
+def _parts(lengths: Sequence[int], own: Sequence[int]) -> list[_Part]:
+    parts, begin, at = [], 0, 0
+    for length, count in zip(lengths, own, strict=True):
+        parts.append(_Part(slice(begin, begin + count), slice(at, at + length)))
+        begin, at = begin + count, at + length
+    return parts
+
+
 class _Documents(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[_Part], scale: float) -> Tensor:
         out = torch.empty((1, q.shape[2], q.shape[1], q.shape[3]), dtype=q.dtype)
-        heads_first, sums, at = out.transpose(1, 2), [], 0
-        for length in lengths:
-            part = slice(at, at + length)
-            document = q[:, :, part], k[:, :, part], v[:, :, part]
-            if _is_short(q, length):
-                _short_forward(*document, scale, heads_first[0, :, part])
+        heads_first, sums = out.transpose(1, 2), []
+        for part in parts:
+            asked, tokens = part
+            document = q[:, :, asked], k[:, :, tokens], v[:, :, tokens]
+            if part.by_blocks(q):
+                q_part, k_part, v_part = (x[0] for x in document)
+                block_attention.forward(q_part, k_part, v_part, scale, heads_first[0, :, asked])
             else:
                 found, log_sum = _flash(*document, 0.0, True, scale=scale)
-                heads_first[:, :, part] = found
+                heads_first[:, :, asked] = found
                 sums.append(log_sum)
-            at += length
-        ctx.save_for_backward(q, k, v, out, *sums)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.save_for_backward(q, k, v, out if sums else None, *sums)
+        ctx.parts, ctx.scale = parts, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, out, *sums = ctx.saved_tensors
-        d_out, heads_first = grads[0].transpose(1, 2), out.transpose(1, 2)
+        d_out, logs = grads[0].transpose(1, 2), iter(sums)
         dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        logs, at = iter(sums), 0
-        for length in ctx.lengths:
-            part = slice(at, at + length)
-            document = q[:, :, part], k[:, :, part], v[:, :, part]
-            if _is_short(q, length):
-                found = _short_backward(d_out[:, :, part], *document, ctx.scale)
+        for part in ctx.parts:
+            asked, tokens = part
+            document = q[:, :, asked], k[:, :, tokens], v[:, :, tokens]
+            into = dq[:, :, asked], dk[:, :, tokens], dv[:, :, tokens]
+            if part.by_blocks(q):
+                q_part, k_part, v_part = (x[0] for x in document)
+                places = [x[0] for x in into]
+                block_attention.backward(d_out[0, :, asked], q_part, k_part, v_part, ctx.scale, places)
             else:
-                rest = (heads_first[:, :, part], next(logs), 0.0, True)
-                found = _flash_backward(d_out[:, :, part], *document, *rest, scale=ctx.scale)
-            for whole, gradient in zip((dq, dk, dv), found, strict=True):
-                whole[:, :, part] = gradient
-            at += length
+                seen = out.transpose(1, 2)[:, :, asked]
+                rest = (seen, next(logs), 0.0, True)
+                found = _flash_backward(d_out[:, :, asked], *document, *rest, scale=ctx.scale)
+                for place, gradient in zip(into, found, strict=True):
+                    place.copy_(gradient)
         return dq, dk, dv, None, None
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _is_short(q: Tensor, length: int) -> bool:
-    """Scores of 16 bits would be rounded before the softmax; flash attention keeps them in fp32."""
-    return q.dtype in (torch.float32, torch.float64) and length <= SHORT
-
-
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(softmax of the masked scores [Hkv, G·L, L], the scaled queries [Hkv, G·L, Dh])."""
-    heads, length = k.shape[1], q.shape[2]
-    queries = torch.mul(q[0], scale).reshape(heads, -1, q.shape[3])
-    scores = torch.bmm(queries, k[0].transpose(1, 2)).view(-1, length, length)
-    scores += _future(length, q.dtype)
-    return torch.softmax(scores, -1).view(heads, -1, length), queries
-
-
-@lru_cache(maxsize=2 * SHORT)
-def _future(length: int, dtype: torch.dtype) -> Tensor:
-    """[L, L]: minus infinity where a key comes after the query."""
-    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
-
-
-def _short_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, out_HLDh: Tensor) -> None:
-    chances, _ = _probabilities(q, k, scale)
-    out_HLDh.copy_(torch.bmm(chances, v[0]).view(out_HLDh.shape))
-
-
-def _short_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    chances, queries = _probabilities(q, k, scale)
-    d_seen = d_out[0].reshape(queries.shape)
-    dv = torch.bmm(chances.transpose(1, 2), d_seen)
-    d_chances = torch.bmm(d_seen, v[0].transpose(1, 2))
-    # d_scores = chances * (d_chances - sum over keys of chances * d_chances)
-    d_scores = torch._softmax_backward_data(d_chances, chances, -1, chances.dtype)
-    dq = torch.bmm(d_scores, k[0]).mul_(scale)
-    dk = torch.bmm(d_scores.transpose(1, 2), queries)
-    return dq.view(q.shape), dk[None], dv[None]

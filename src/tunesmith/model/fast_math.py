@@ -8,7 +8,8 @@ Shapes: T tokens, D hidden size, I intermediate size, H heads, Dh head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -70,16 +71,14 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 
 
 def swiglu_backward(d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of gate, gradient of up, silu(gate) * up again); d_out_TI is overwritten."""
+    """(gradient of gate, gradient of up, silu(gate) * up again); d_out_TI may be overwritten."""
     d_gate, d_up = torch.empty_like(gate_TI), torch.empty_like(up_TI)
     for rows in row_blocks(gate_TI):
         gate, up, d_out = gate_TI[rows].float(), up_TI[rows].float(), d_out_TI[rows].float()
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        d_up[rows] = d_out * silu
-        # silu' = sigmoid + silu * (1 - sigmoid)
-        slope = sigmoid.addcmul_(silu, 1 - sigmoid)
-        d_gate[rows] = slope.mul_(d_out).mul_(up)
+        d_silu = d_out * up
+        d_gate[rows] = torch.ops.aten.silu_backward(d_silu, gate)
+        silu = torch.nn.functional.silu(gate)
+        d_up[rows] = torch.mul(d_out, silu, out=d_silu)
         d_out_TI[rows] = silu.mul_(up)
     return d_gate, d_up, d_out_TI
 
@@ -97,3 +96,25 @@ def rotate(x_THDh: Tensor, cos_TDh: Tensor, sin_TDh: Tensor, *, back: bool = Fal
     out[..., :half].addcmul_(x_THDh[..., half:], sin, value=-sign)
     out[..., half:].addcmul_(x_THDh[..., :half], sin, value=sign)
     return out.to(x_THDh.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Math:
+    """One way of computing the functions above; their signatures and results are these."""
+
+    rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    normalised: Callable[..., Tensor]
+    rms_norm_backward: Callable[..., tuple[Tensor, Tensor | None]]
+    swiglu: Callable[..., Tensor]
+    swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rotate: Callable[..., Tensor]
+
+
+IN_BLOCKS = Math(
+    rms_norm=rms_norm,
+    normalised=normalised,
+    rms_norm_backward=rms_norm_backward,
+    swiglu=swiglu,
+    swiglu_backward=swiglu_backward,
+    rotate=rotate,
+)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tunesmith.core.errors import TunesmithError, UserError
+from tunesmith.core.loading import first_load
 from tunesmith.core.units import bytes_text
 from tunesmith.model.new_tokens import add_tokens
 from tunesmith.model.quiet import quiet
@@ -46,7 +47,8 @@ def load_tokenizer(
             hint="copy the tokenizer files of the model into the folder",
         )
     try:
-        with quiet():
+        # A known model's config class, by which its tokenizer is found, brings much else at its first use.
+        with quiet(), first_load("torch._dynamo"):
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=trust_remote_code
             )

@@ -57,6 +57,8 @@ def _plain_message(message: Any, place: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{place}.role: {_shown(role)} is not a role", hint=f"roles are {', '.join(ROLES)}")
+    if len(message) == 2 and type(content := message.get("content")) is str:
+        return {"role": ROLES[role], "content": content}
     plain: Message = {"role": ROLES[role], "content": _text(message.get("content"), f"{place}.content")}
     calls = message.get("tool_calls") or (
         [{"function": call}] if (call := message.get("function_call")) else []

@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunesmith.model.fast_attention import can_attend_from_ends
+
 Ints = NDArray[np.int64]
 # Below this share of tokens spared, gathering them costs more than computing them.
 LEAST_SPARED = 0.04
@@ -27,14 +29,16 @@ LEAST_SPARED = 0.04
 @dataclass(frozen=True)
 class Shared:
     """kept [U]: the tokens that are computed, ascending; places [T]: where in them each token is found;
-    copies: the tokens that stand for another one, which was computed."""
+    copies: the tokens that stand for another one, which was computed; own: how many of each document's
+    tokens, its last, are computed."""
 
     kept: Tensor
     places: Tensor
     copies: Tensor
+    own: tuple[int, ...]
 
     def to(self, device: torch.device) -> Shared:
-        return Shared(self.kept.to(device), self.places.to(device), self.copies.to(device))
+        return Shared(self.kept.to(device), self.places.to(device), self.copies.to(device), self.own)
 
     def spread(self, x_UN: Tensor) -> Tensor:
         """[U, N] -> [T, N]: every token's row."""
@@ -59,8 +63,10 @@ def find_shared(input_ids: Ints, lengths: Sequence[int]) -> Shared | None:
     kept, places = np.unique(owners, return_inverse=True)
     if len(kept) > (1 - LEAST_SPARED) * len(input_ids):
         return None
-    copies = np.flatnonzero(owners != np.arange(len(owners)))
-    return Shared(*(torch.from_numpy(x) for x in (kept, places, copies)))
+    copied = owners != np.arange(len(owners))
+    own = tuple(int(b - a) - int(copied[a:b].sum()) for a, b in pairwise(starts.tolist()))
+    copies = torch.from_numpy(np.flatnonzero(copied))
+    return Shared(torch.from_numpy(kept), torch.from_numpy(places), copies, own)
 
 
 def _common(one: Ints, other: Ints) -> int:
@@ -71,7 +77,10 @@ def _common(one: Ints, other: Ints) -> int:
 
 
 class SharedLayout:
-    """Attention over whole documents for a stream in which their common beginnings stand once."""
+    """Attention over whole documents for a stream in which their common beginnings stand once.
+
+    layout: of the whole documents; its `attend` takes `own`.
+    """
 
     def __init__(self, layout: Any, shared: Shared) -> None:
         self._layout, self._shared = layout, shared
@@ -79,8 +88,11 @@ class SharedLayout:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        whole = (self._whole(x) for x in (q, k, v))
-        out = self._layout.attend(layer, *whole, scale, dropout)
+        k, v = self._whole(k), self._whole(v)
+        if can_attend_from_ends(q, dropout):
+            found: Tensor = self._layout.attend(layer, q, k, v, scale, dropout, self._shared.own)
+            return found
+        out = self._layout.attend(layer, self._whole(q), k, v, scale, dropout)
         return self._shared.pick(out[0].flatten(1)).view(1, -1, *out.shape[2:])
 
     def _whole(self, x: Tensor) -> Tensor:

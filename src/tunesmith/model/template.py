@@ -13,24 +13,21 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
-import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import sha256_json
 from tunesmith.model.batch import IGNORE
 from tunesmith.model.messages import Message, plain_messages, plain_tools
-from tunesmith.model.special import Guard, Guarded, Tokens, own_backend
+from tunesmith.model.rendering import MARK, Renderer, TemplateError, Tools, call_of
+from tunesmith.model.special import Guard, Guarded, Mark, Tokens, own_backend
 
-Tools = list[dict[str, Any]] | None
-OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders it"
-MARK = "Qzx7Mark"
-
-
-class TemplateError(UserError):
-    """The chat template is missing, refuses a conversation, or would lose a part of it."""
+__all__ = ["Encoded", "TemplateError", "encode_dialogue", "encode_prompt", "encode_text"]
 
 
 @dataclass(frozen=True)
@@ -95,11 +92,15 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
-    """The encoder of a tokenizer, made once for each template."""
+    """The encoder of a tokenizer, made once for each template and set of special tokens."""
     known = _encoders.get(tokenizer)
-    if known is None or (known.template, known.size) != (tokenizer.chat_template, len(tokenizer)):
+    if known is None or known.made_for != _settings(tokenizer):
         known = _encoders[tokenizer] = ChatEncoder(tokenizer)
     return known
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, int, dict[str, Any]]:
+    return tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map
 
 
 class ChatEncoder:
@@ -111,13 +112,12 @@ class ChatEncoder:
                 f"the tokenizer {type(tokenizer).__name__} has no fast implementation (tokenizer.json)",
                 hint="use a model that comes with tokenizer.json",
             )
-        # The tokenizer keys the table of encoders weakly: a strong reference here would keep it for ever.
-        self._tokenizer = weakref.ref(tokenizer)
-        self.template, self.size = tokenizer.chat_template, len(tokenizer)
+        self.made_for = _settings(tokenizer)
+        self._has_template = bool(tokenizer.chat_template)
+        self._render = Renderer(tokenizer)
         self._added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         self._added_ids = frozenset(self._added.values())
         self._special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self._features: dict[str, bool] = {}
         self._eos: int | None = tokenizer.eos_token_id
         self._backend = own_backend(tokenizer)
         self._guard = Guard(self._backend, self._control_tokens())
@@ -137,8 +137,9 @@ class ChatEncoder:
             except UserError as error:
                 drafts.append(error)
         good = [draft for draft in drafts if isinstance(draft, _Draft)]
-        tokens = iter(self._guard.encode_batch([(draft.text, draft.guarded) for draft in good]))
-        return [self._labelled(d, next(tokens)) if isinstance(d, _Draft) else d for d in drafts]
+        tokens = self._guard.encode_batch([(draft.text, draft.guarded) for draft in good])
+        done = zip(tokens, self._marked(tokens), strict=True)
+        return [self._labelled(d, *next(done)) if isinstance(d, _Draft) else d for d in drafts]
 
     def text(self, text: str) -> Encoded:
         guarded = Guarded()
@@ -164,15 +165,27 @@ class ChatEncoder:
     def _taken(self, messages: list[Message], tools: Tools) -> tuple[list[Message], Tools, Guarded]:
         """Messages and tools in one spelling, their control strings replaced, nothing that would be lost."""
         plain, definitions = plain_messages(messages), plain_tools(tools)
-        self._refuse_losses(plain, definitions)
+        self._render.refuse_losses(plain, definitions)
         guarded = Guarded()
-        return self._guard.protect(plain, guarded), self._guard.protect(definitions, guarded), guarded
+        return self._guard.messages(plain, guarded), self._guard.protect(definitions, guarded), guarded
 
-    def _labelled(self, draft: _Draft, tokens: Tokens) -> Encoded:
+    def _marked(self, rows: list[Tokens]) -> list[list[int]]:
+        """Of each row the places of its stop and added tokens."""
+        ends = np.cumsum([len(row.ids) for row in rows], dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(row.ids for row in rows), dtype=np.int64)
+        hits = np.flatnonzero(np.isin(ids, self._marked_ids))
+        numbers = np.searchsorted(ends, hits, side="right")
+        places = hits - np.concatenate([[0], ends])[numbers]
+        found: list[list[int]] = [[] for _ in rows]
+        for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
+            found[number].append(place)
+        return found
+
+    def _labelled(self, draft: _Draft, tokens: Tokens, marked: list[int]) -> Encoded:
         ids, labels = tokens.ids, [IGNORE] * len(tokens.ids)
-        marked = [t for t, i in enumerate(ids) if i in self._marked_ids]
-        anchors = [t for t in marked if ids[t] in self._added_ids]
-        stops = [t for t in marked if ids[t] in self._stops]
+        marks = self._guard.marks(tokens, marked)
+        anchors = [mark for mark in marks if ids[mark[0]] in self._added_ids]
+        stops = [mark for mark in marks if ids[mark[0]] in self._stops]
         unmatched = straddled = without_stop = 0
         last_open = False
         for before, until in draft.spans:
@@ -193,7 +206,7 @@ class ChatEncoder:
         )
 
     def _begin(
-        self, draft: _Draft, tokens: Tokens, anchors: list[int], before: str
+        self, draft: _Draft, tokens: Tokens, anchors: list[Mark], before: str
     ) -> tuple[int | None, bool]:
         """The index of the answer's first token, and whether the prompt's ids end exactly there.
 
@@ -202,9 +215,9 @@ class ChatEncoder:
         """
         if not draft.text.startswith(before):
             return None, False
-        seen = bisect_right(anchors, len(before), key=tokens.end)
-        anchor = anchors[seen - 1] if seen else 0
-        tail = before[tokens.start(anchor) :] if seen else before
+        seen = bisect_right(anchors, len(before), key=_END)
+        anchor, start, _ = anchors[seen - 1] if seen else (0, 0, 0)
+        tail = before[start:]
         plain = not draft.guarded.strings and len(tail) < 256
         tail_ids = (self._guard.short(tail) if plain else self._guard.encode(tail, draft.guarded)).ids
         begin = anchor + len(tail_ids)
@@ -213,45 +226,29 @@ class ChatEncoder:
         return bisect_left(tokens.starts, len(before)), False
 
     def _end(
-        self, draft: _Draft, tokens: Tokens, stops: list[int], begin: int | None, until: str
+        self, draft: _Draft, tokens: Tokens, stops: list[Mark], begin: int | None, until: str
     ) -> tuple[int | None, bool]:
         """The index after the answer's stop token, and whether there is one; None if the text differs."""
         if begin is None:
             return None, False
-        first = bisect_left(stops, begin)
-        if first < len(stops) and (end := tokens.end(stops[first])) <= len(until):
+        first = bisect_left(stops, begin, key=_TOKEN)
+        if first < len(stops) and stops[first][2] <= len(until):
+            token, _, end = stops[first]
             same = until is draft.text or until[:end] == draft.text[:end]
-            return (stops[first] + 1 if same else None), True
+            return (token + 1 if same else None), True
         if not draft.text.startswith(until):
             return None, False
         return bisect_right(tokens.ends, len(until)), False
 
     # -- the template --------------------------------------------------------------------------------
 
-    def _render(self, messages: list[Message], tools: Tools = None, *, generate: bool = False) -> str:
-        tokenizer = self._tokenizer()
-        assert tokenizer is not None
-        if not self.template:
-            raise TemplateError(
-                "this model has no chat template, so it cannot render a conversation",
-                hint="set model.chat_template to a Jinja file, or train rows of the format 'text'",
-            )
-        try:
-            return tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=generate, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise TemplateError(
-                f"the model's chat template refuses it: {error}", hint=OTHER_TEMPLATE
-            ) from None
-
     @cached_property
     def turn_ends(self) -> tuple[int, ...]:
         """The added tokens with which the template ends an answer, and an answer that calls a tool."""
-        if not self.template:
+        if not self._has_template:
             return ()
         asked: Message = {"role": "user", "content": "?"}
-        called = {"role": "assistant", "content": "", "tool_calls": [_call(MARK)]}
+        called = {"role": "assistant", "content": "", "tool_calls": [call_of(MARK)]}
         found = (self._end_after_mark([asked, a]) for a in ({"role": "assistant", "content": MARK}, called))
         return tuple(dict.fromkeys(i for i in found if i is not None))
 
@@ -274,8 +271,8 @@ class ChatEncoder:
         return frozenset(self.turn_ends) | (frozenset() if self._eos is None else {self._eos})
 
     @cached_property
-    def _marked_ids(self) -> frozenset[int]:
-        return self._stops | self._added_ids
+    def _marked_ids(self) -> list[int]:
+        return sorted(self._stops | self._added_ids)
 
     @cached_property
     def _text_head(self) -> list[int]:
@@ -292,7 +289,7 @@ class ChatEncoder:
             try:
                 text = (
                     self._render([{"role": "user", "content": ""}], generate=generate)
-                    if self.template
+                    if self._has_template
                     else ""
                 )
             except TemplateError:
@@ -306,28 +303,6 @@ class ChatEncoder:
             control.update(new[:1] if generate else new)
         return {name: self._added[name] for name in control if name in self._added and not name.isspace()}
 
-    # -- what the template would lose ----------------------------------------------------------------
-
-    def _refuse_losses(self, messages: list[Message], tools: Tools) -> None:
-        for part in sorted(_parts_used(messages, tools)):
-            if part not in self._features:
-                self._features[part] = self._shows(part)
-            if not self._features[part]:
-                raise TemplateError(
-                    f"the model's chat template has no place for {part}: it would be lost",
-                    hint=OTHER_TEMPLATE,
-                )
-
-    def _shows(self, part: str) -> bool:
-        """Whether a mark in that part of a conversation comes out of the template."""
-        return any(self._shows_mark(messages, tools) for messages, tools in PROBES[part])
-
-    def _shows_mark(self, messages: list[Message], tools: Tools) -> bool:
-        try:
-            return MARK in self._render(messages, tools)
-        except TemplateError:
-            return False
-
 
 @dataclass(frozen=True)
 class _Draft:
@@ -339,43 +314,5 @@ class _Draft:
     ends_open: bool
 
 
-def _call(name: str, value: str = "1") -> dict[str, Any]:
-    return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": {"x": value}}}
-
-
-def _parts_used(messages: list[Message], tools: Tools) -> set[str]:
-    used = {"tool definitions"} if tools else set()
-    for message in messages:
-        if message["role"] == "system" and message["content"]:
-            used.add("a system message")
-        elif message["role"] == "tool":
-            used.add("tool results")
-        if "tool_calls" in message:
-            used |= {"tool calls"} | ({"text beside a tool call"} if message["content"] else set())
-        if "reasoning_content" in message:
-            used.add("reasoning")
-    return used
-
-
-_USER: Message = {"role": "user", "content": "?"}
-_PLAIN: Message = {"role": "assistant", "content": "."}
-_CALL: Message = {"role": "assistant", "content": "", "tool_calls": [_call("f")]}
-_RESULT: Message = {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": MARK}
-_PARAMETERS = {"type": "object", "properties": {"x": {"type": "string"}}}
-_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": _PARAMETERS}}
-_MARKED_TOOL = {"type": "function", "function": {"name": MARK, "description": "f", "parameters": _PARAMETERS}}
-
-# For each part of a conversation: probes in which a mark stands there; one that shows it is enough.
-PROBES: dict[str, list[tuple[list[Message], Tools]]] = {
-    "a system message": [([{"role": "system", "content": MARK}, _USER], None)],
-    "tool definitions": [([_USER], [_MARKED_TOOL])],
-    "tool calls": [
-        ([_USER, {**_CALL, "tool_calls": [_call("f", MARK)]}], [_TOOL]),
-        ([_USER, {**_CALL, "tool_calls": [_call("f", MARK)]}], None),
-    ],
-    "text beside a tool call": [([_USER, {**_CALL, "content": MARK}], [_TOOL])],
-    "tool results": [([_USER, _CALL, _RESULT], [_TOOL]), ([_USER, _PLAIN, _RESULT], None)],
-    "reasoning": [([_USER, {**_PLAIN, "reasoning_content": MARK}], None)],
-}
-
+_TOKEN, _END = itemgetter(0), itemgetter(2)
 _encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, ChatEncoder] = weakref.WeakKeyDictionary()

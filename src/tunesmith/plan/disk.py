@@ -9,11 +9,11 @@ from typing import Any
 
 from tunesmith.core.paths import free_bytes
 from tunesmith.core.units import bytes_text
+from tunesmith.recipe.memory import BLOCK_8BIT, MIN_8BIT
 from tunesmith.recipe.schema import Optimizer
 
 # Logs, tokenizer, reports and the folder entries of a run.
 SMALL_FILES_BYTES = 32 * 1024**2
-BLOCK_8BIT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,12 @@ def checkpoint_bytes(weights: int, num_trained: int, state_bytes: float) -> int:
     return weights + ceil(num_trained * state_bytes)
 
 
-def state_bytes(optimizer: Optimizer, weight_bytes: int) -> float:
-    """Bytes that an optimizer keeps for one trained weight, itself of `weight_bytes`: two averages, in the
-    weight's format or in blocks of 8 bits with an fp32 scale; offloaded, two and the weight in fp32."""
+def state_bytes(optimizer: Optimizer, weight_bytes: int, *, count: int = MIN_8BIT) -> float:
+    """Bytes that an optimizer keeps for one trained weight, itself of `weight_bytes`, in a tensor of `count`:
+    two averages, in the weight's format or in blocks of 8 bits with an fp32 scale (small tensors: fp32);
+    offloaded, two and the weight in fp32."""
+    if optimizer == "adamw-8bit" and count < MIN_8BIT:
+        return 2 * 4
     return {
         "adamw": 2 * weight_bytes,
         "adamw-8bit": 2 * (1 + 4 / BLOCK_8BIT),

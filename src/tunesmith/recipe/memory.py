@@ -7,6 +7,11 @@ from typing import Any, Literal
 from tunesmith.core.errors import RecipeErrors, UserError
 from tunesmith.recipe.schema import Precision, Recipe
 
+# Of the optimizer's averages in 8 bits: weights that share a scale; tensors of fewer than so many weights
+# (norms, biases) keep fp32 averages, which cost nothing and are touchy.
+BLOCK_8BIT = 256
+MIN_8BIT = 4096
+
 
 def memory_settings(
     recipe: Recipe, *, precision: Precision, engine: Literal["single", "ddp", "fsdp", "deepspeed"]

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 
 from tunesmith.core.errors import RunFailed
 from tunesmith.core.events import DISK_FULL
@@ -27,11 +27,11 @@ from tunesmith.core.run_folder import (
     STATE,
     RunFolder,
     manifest_holds,
-    read_manifest,
     write_manifest,
 )
 from tunesmith.core.units import bytes_text
 from tunesmith.model.weights import read_json_file
+from tunesmith.train import faults
 from tunesmith.train.engine import Engine
 from tunesmith.train.precision import LossScale
 
@@ -59,6 +59,10 @@ class SaveFailed(RunFailed):
     """A checkpoint could not be written; the earlier ones are untouched. Every process raises it."""
 
 
+class NoMemoryToSave(SaveFailed):
+    """Memory, not the disk, was too small for it."""
+
+
 def save(run: RunFolder, state: State, engine: Engine, *, keep: int) -> Path:
     """Write the checkpoint of `state.step`, then remove all but the newest `keep`.
 
@@ -67,8 +71,8 @@ def save(run: RunFolder, state: State, engine: Engine, *, keep: int) -> Path:
     """
     try:
         target = write(run, state, engine)
-    except SaveFailed:
-        if keep == 1:
+    except SaveFailed as error:
+        if keep == 1 or isinstance(error, NoMemoryToSave):
             raise
         _prune(run, keep - 1, engine)
         target = write(run, state, engine)
@@ -84,15 +88,18 @@ def write(run: RunFolder, state: State, engine: Engine) -> Path:
     target, leads = run.checkpoint(state.step), engine.rank == 0
     if _agreed(engine, leads and manifest_holds(target)):  # the one that the run was resumed from
         return target
-    fault = _no_room(run, engine.model) if leads else None
+    fault = _no_room(run, engine) if leads else None
     if not _agreed(engine, fault is not None):
+        fill = partial(_fill, target, state, engine) if leads else partial(engine.write, None)
         try:
-            _fill(target, state, engine) if leads else engine.write(None)
+            found = faults.attempt(fill)
+            fault = _no_memory(target, found.reason) if isinstance(found, faults.NoMemory) else None
         except (OSError, SafetensorError) as error:
             fault = _save_failed(target, error)
         if not _agreed(engine, fault is not None):
             return target
-    raise fault or SaveFailed(f"{target}: rank 0 could not write the checkpoint")
+    kind = NoMemoryToSave if _agreed(engine, isinstance(fault, NoMemoryToSave)) else SaveFailed
+    raise fault or kind(f"{target}: rank 0 could not write the checkpoint")
 
 
 def _agreed(engine: Engine, here: bool) -> bool:
@@ -101,21 +108,28 @@ def _agreed(engine: Engine, here: bool) -> bool:
 
 
 def _fill(target: Path, state: State, engine: Engine) -> None:
-    _unseal(target)
-    with new_folder(target) as folder:
-        engine.write(folder)
-        write_json(folder / STATE, asdict(state))
-        for path in folder.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        write_manifest(folder, step=state.step, kind=_kind(engine.model))
+    gathered = False
+    try:
+        _unseal(target)
+        with new_folder(target) as folder:
+            gathered = True
+            engine.write(folder)
+            write_json(folder / STATE, asdict(state))
+            for path in folder.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            write_manifest(folder, step=state.step, kind=_kind(engine.model))
+    except (OSError, MemoryError):
+        if not gathered and engine.num_ranks > 1:
+            engine.write(None)  # the others gather, and wait for this one
+        raise
 
 
-def _no_room(run: RunFolder, model: nn.Module) -> SaveFailed | None:
+def _no_room(run: RunFolder, engine: Engine) -> SaveFailed | None:
     """Why the next checkpoint would not fit on the disk."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     # Before the first step there is no optimizer state: that checkpoint says nothing about the next.
-    like = [path for path in _by_age(run) if path != run.checkpoint(0)]
-    need = folder_bytes(like[-1]) if like else checkpoint_bytes(model)
+    like = [path for path in run.saved_checkpoints() if path != run.checkpoint(0)]
+    need = folder_bytes(like[-1]) if like else engine.num_bytes() + SMALL_FILES_BYTES
     free = free_bytes(run.checkpoints)
     if free >= need:
         return None
@@ -128,15 +142,6 @@ def _no_room(run: RunFolder, model: nn.Module) -> SaveFailed | None:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of a checkpoint: the stored weights and two moments of each trained one."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    if isinstance(model, PeftModel):
-        return 3 * trained + SMALL_FILES_BYTES
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    return frozen + 3 * trained + SMALL_FILES_BYTES
 
 
 def restore(folder: Path, engine: Engine) -> State:
@@ -156,15 +161,9 @@ def _prune(run: RunFolder, keep: int, engine: Engine) -> None:
 
 def prune(run: RunFolder, keep: int) -> None:
     """Remove all but the newest `keep` complete checkpoints."""
-    for path in _by_age(run)[:-keep]:
+    for path in run.saved_checkpoints()[:-keep]:
         _unseal(path)
         shutil.rmtree(path)
-
-
-def _by_age(run: RunFolder) -> list[Path]:
-    """The complete checkpoints, oldest first, unread: one of them may be harmed."""
-    found = [path for path in run.checkpoints.glob("step-*") if read_manifest(path) is not None]
-    return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
 def clear_leftovers(run: RunFolder) -> None:
@@ -188,6 +187,15 @@ def _unseal(folder: Path) -> None:
 
 def _kind(model: Any) -> str:
     return "lora" if isinstance(model, PeftModel) else "full"
+
+
+def _no_memory(target: Path, reason: str) -> NoMemoryToSave:
+    return NoMemoryToSave(
+        f"{target}: memory ran out while the checkpoint was written: {reason}; the earlier ones are "
+        "untouched",
+        hint="free memory on this machine, then give the same command again: the run goes on from its last "
+        "checkpoint",
+    )
 
 
 def _save_failed(target: Path, error: Exception) -> SaveFailed:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.optional import load
+from tunesmith.recipe.memory import MIN_8BIT
 from tunesmith.train.stored import BLOCK, Blocks8, Plain, Rounded, Stored, blocks, dynamic_map
 
-# Smaller tensors (norms, biases) keep fp32 averages: they cost nothing and are touchy.
-MIN_8BIT = 4096
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunesmith.core.errors import MissingExtra
+from tunesmith.core.optional import load
 from tunesmith.model.attention import lm_head, unwrapped
 from tunesmith.model.batch import Batch
 from tunesmith.recipe.schema import Recipe
@@ -39,7 +40,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class DeepSpeedEngine:
     """ZeRO: stage 2 shards gradients and optimizer states, 3 also the weights, layer by layer."""
 
-    retries = False  # the processes gather in lockstep: none can take a step again alone
+    retries = False
+    lockstep = True  # the processes gather weights together: none can take a step again alone
 
     def __init__(self, model: Any, objective: Objective, recipe: Recipe, ranks: Ranks) -> None:
         assert recipe.train.precision != "auto"
@@ -127,27 +129,34 @@ class DeepSpeedEngine:
         )
         return found
 
+    def num_bytes(self) -> int:
+        adapted = hasattr(self.model, "peft_config")
+        sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in self.model.parameters()]
+        weights = sum(n * p.element_size() for n, p in sizes if p.requires_grad or not adapted)
+        return weights + sum(n * 4 * len(MOMENTS) for n, p in sizes if p.requires_grad)
+
     def write(self, folder: Path | None) -> None:
         adapted = hasattr(self.model, "peft_config")
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad or not adapted}
-        weights = {name: self._weight(p, folder) for name, p in named.items()}
-        moments = {
-            name: {key: self._moment(p, key, folder) for key in MOMENTS}
-            for name, p in named.items()
-            if p.requires_grad
-        }
+        with gathered.gathering(folder) as copies:
+            weights = {name: self._weight(p, copies) for name, p in named.items()}
+            moments = {
+                name: {key: copies.take(self._moment(p, key)) for key in MOMENTS}
+                for name, p in named.items()
+                if p.requires_grad
+            }
         step = self.optimizer.state[self._flat()[0]]["step"]
         if folder is not None:
             moments = {name: {"step": step.clone(), **values} for name, values in moments.items()}
             gathered.write_files(folder, self.model, named, weights, moments)
 
-    def _weight(self, parameter: nn.Parameter, folder: Path | None) -> Tensor:
+    def _weight(self, parameter: nn.Parameter, copies: gathered.HostCopies) -> Tensor:
         with self._gathered([parameter]):
-            return gathered.to_host(parameter.data, folder)
+            return copies.take(parameter.data)
 
-    def _moment(self, parameter: nn.Parameter, key: str, folder: Path | None) -> Tensor:
-        whole = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-        return gathered.to_host(whole, folder)
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        whole: Tensor = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+        return whole
 
     def read(self, folder: Path) -> None:
         """The optimizer's state; weights were read before they were sharded."""
@@ -188,7 +197,7 @@ def _import_deepspeed(recipe: Recipe) -> Any:
     if recipe.hardware.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        import deepspeed  # type: ignore[import-untyped]
+        deepspeed = load("deepspeed")
     except ImportError:
         raise MissingExtra("deepspeed", "deepspeed") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -39,7 +39,8 @@ class Share:
 class Engine(Protocol):
     """One process's part in a training. Every method is called by all processes, in the same order.
 
-    retries: whether a step that ran out of memory in one process can be taken again.
+    retries: whether a step that ran out of memory in one process can be taken again; lockstep: whether every
+    forward pass needs all processes, so that none can repeat one, or leave one out, by itself.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Engine(Protocol):
     device: torch.device
     model: Any
     retries: bool
+    lockstep: bool
 
     def shares(self, batches: Sequence[Batch]) -> list[Share]:
         """This process's part of a step's micro-batches."""
@@ -81,6 +83,10 @@ class Engine(Protocol):
         """A context in which `model` can generate in this process."""
         ...
 
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that `write` puts into a checkpoint once every weight has been updated."""
+        ...
+
     def write(self, folder: Path | None) -> None:
         """Weights and optimizer state into a checkpoint's folder, which only rank 0 is given."""
         ...
@@ -94,6 +100,7 @@ class SingleEngine:
     """All in this process."""
 
     rank, num_ranks = 0, 1
+    lockstep = False
 
     def __init__(self, model: Any, objective: Objective, recipe: Recipe) -> None:
         assert recipe.train.precision != "auto"
@@ -144,6 +151,9 @@ class SingleEngine:
     @contextmanager
     def whole_model(self) -> Iterator[Any]:
         yield self.model
+
+    def num_bytes(self) -> int:
+        return states.weights_bytes(self.model) + states.optimizer_bytes(self.optimizer)
 
     def write(self, folder: Path | None) -> None:
         assert folder is not None

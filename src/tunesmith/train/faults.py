@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -36,12 +38,21 @@ WINDOW = 64  # losses that tell what is usual
 FEWEST = 16
 SIGMAS = 8.0
 SMALLEST_JUMP = 0.1
+CUT_TO_EVALUATE = (
+    "memory ran out in the evaluation: its batches are cut at borders of documents, which changes its result "
+    "by rounding only"
+)
 MAD_TO_SIGMA = 1.4826  # of a normal distribution: 1 / its 0.75 quantile
+T = TypeVar("T")
+
+# -- memory -------------------------------------------------------------------------------------------------
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in NO_MEMORY)
 
 
@@ -50,6 +61,26 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class NoMemory:
+    """What was said when memory ran out."""
+
+    reason: str
+
+
+def attempt(call: Callable[[], T]) -> T | NoMemory:
+    """What `call` returns, or that memory ran out. The error is gone by then, and with it the tensors that
+    its traceback holds."""
+    try:
+        return call()
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    release_memory()
+    return NoMemory(reason)
 
 
 # -- batches that fit ---------------------------------------------------------------------------------------
@@ -96,11 +127,62 @@ def too_large(batch: Batch, reason: str, recipe: Recipe, step: int) -> RunFailed
         "a smaller data.max_length",
         *(["method.type=lora"] if recipe.method.type == "full" else []),
     ]
-    rows = ", ".join(map(str, batch.rows[:5])) + (" …" if len(batch.rows) > 5 else "")
     return RunFailed(
-        f"step {step}: a micro-batch of {batch.num_tokens} tokens (row {rows}) does not fit into memory: "
-        f"{reason}",
+        f"step {step}: a micro-batch of {batch.num_tokens} tokens (row {_some(batch.rows)}) does not fit "
+        f"into memory: {reason}",
         hint=f"try, in this order: {', '.join(remedies)}",
+    )
+
+
+def _some(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (" …" if len(rows) > 5 else "")
+
+
+def too_large_to_evaluate(batch: Batch, reason: str) -> RunFailed:
+    """The error for a held-out batch that memory does not hold and that cannot be cut."""
+    return RunFailed(
+        f"the evaluation: {batch.num_tokens} tokens (row {_some(batch.rows)}) do not fit into memory: "
+        f"{reason}",
+        hint="free memory, or set eval.max_rows to leave long rows out, and give the same command again; or "
+        "take a smaller data.max_length with --fresh",
+    )
+
+
+def no_room_for_update(reason: str, recipe: Recipe, step: int, last: Path | None) -> RunFailed:
+    """The error for memory that ran out in the optimizer's update. last: the newest good checkpoint."""
+    train, engine = recipe.train, recipe.parallel.engine
+    plain = engine in ("auto", "single", "ddp") and train.optimizer == "adamw"
+    remedies = [
+        *(["train.memory=low"] if train.memory == "normal" else []),
+        *(["train.memory=smallest"] if train.memory == "low" and engine in ("auto", "single") else []),
+        *(["train.optimizer=adamw-8bit (averages in 8 bits)"] if plain else []),
+        *(["train.optimizer=adamw-offload"] if plain and recipe.hardware.device == "cuda" else []),
+        *(["parallel.offload=optimizer"] if not plain and recipe.parallel.offload == "none" else []),
+        *(["method.type=lora"] if recipe.method.type == "full" else ["a smaller method.rank"]),
+    ]
+    return RunFailed(
+        f"step {step}: memory ran out in the optimizer's update: {reason}. Some weights may be updated and "
+        "others not, so the step is not taken again and nothing of it is saved"
+        + (f"; the last good checkpoint is {last}" if last else ""),
+        hint=f"free memory, and the same command goes on from there; or try with --fresh, in this order: "
+        f"{', '.join(remedies)}",
+    )
+
+
+def samples_left_out(reason: str) -> str:
+    """The warning where memory does not suffice to answer the sample prompts."""
+    return (
+        f"memory ran out in the answers to samples.prompts: {reason}; they are left out, and training goes "
+        "on. Fewer or shorter prompts, a smaller samples.max_new_tokens, or samples.every: 0 need less"
+    )
+
+
+def no_room_for_samples(reason: str) -> RunFailed:
+    """The error where the other processes wait for this one in the middle of an answer."""
+    return RunFailed(
+        f"memory ran out in the answers to samples.prompts, in which all processes take part: {reason}",
+        hint="give the same command again with fewer or shorter prompts, a smaller samples.max_new_tokens "
+        "or samples.every=0: the run goes on from its last checkpoint",
     )
 
 
@@ -178,19 +260,21 @@ def row_losses(engine: Engine, objective: Objective, batches: Sequence[Batch]) -
 def row_gradients(engine: Engine, objective: Objective, batches: Sequence[Batch]) -> list[Measured]:
     """The norm of every document's own gradients, worst first; the step's gradients are lost.
 
-    Where a backward pass cannot stand alone (several processes, updates within it), its losses instead.
+    Where a backward pass cannot stand alone (sharded weights, updates within it), its losses instead. All
+    processes take part.
     """
-    if engine.num_ranks > 1 or not engine.retries:
+    if not engine.retries:
         return row_losses(engine, objective, batches)
-    parts, norms = documents(batches), []
-    for part in parts:
-        engine.drop_gradients()
-        engine.backward(engine.forward(part), last=True)
+    parts = documents(batches)
+    norms = [0.0] * len(parts)
+    for share in engine.shares(parts):
+        engine.model.zero_grad(set_to_none=True)
+        engine.backward(engine.forward(share.batch), last=False)
         grads = [p.grad for p in engine.model.parameters() if p.grad is not None]
-        norms.append(float(torch.nn.utils.get_total_norm(grads)))
+        norms[share.number] = float(torch.nn.utils.get_total_norm(grads))
     engine.drop_gradients()
     objective.drain()
-    return worst_first(parts, norms)
+    return worst_first(parts, engine.sum(norms))
 
 
 def worst_first(parts: Sequence[Batch], values: Sequence[float]) -> list[Measured]:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from tunesmith.model.attention import unwrapped
 from tunesmith.model.batch import Batch
 from tunesmith.recipe.schema import Recipe
-from tunesmith.train import gathered
+from tunesmith.train import gathered, states
 from tunesmith.train.activations import OffloadedActivations
 from tunesmith.train.engine import Share
 from tunesmith.train.gathered import LocalShards
@@ -47,7 +47,8 @@ class FsdpEngine:
     pass. offload: `parameters` keeps shards, gradients and states in host memory and updates there;
     `optimizer` fp32 weights and states only."""
 
-    retries = False  # the processes gather in lockstep: none can take a step again alone
+    retries = False
+    lockstep = True  # the processes gather weights together: none can take a step again alone
 
     def __init__(self, model: Any, objective: Objective, recipe: Recipe, ranks: Ranks) -> None:
         assert recipe.train.precision != "auto"
@@ -114,6 +115,9 @@ class FsdpEngine:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def num_bytes(self) -> int:
+        return states.weights_bytes(self.model) + gathered.state_bytes(self.shards, self.optimizer)
 
     def write(self, folder: Path | None) -> None:
         gathered.gather(self.shards, self.model, self.optimizer, folder)

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from tunesmith.train import states
+from tunesmith.core.errors import RunFailed
+from tunesmith.train import faults, states
 
 
 class LocalShards:
@@ -83,34 +86,75 @@ class _Moments:
     state: dict[nn.Parameter, dict[str, Tensor]]
 
 
+class HostCopies:
+    """Whole tensors in rank 0's host memory; elsewhere, and where that has no more room, empty ones."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.lacking = folder, ""
+
+    def take(self, whole: Tensor) -> Tensor:
+        if self.folder is not None and not self.lacking:
+            copy = faults.attempt(partial(whole.detach().to, "cpu", copy=True))
+            if not isinstance(copy, faults.NoMemory):
+                return copy
+            self.lacking = copy.reason
+        return whole.new_empty(0)
+
+
+@contextmanager
+def gathering(folder: Path | None) -> Iterator[HostCopies]:
+    """While all ranks gather tensors, to the end whatever becomes of the files; only rank 0 has a folder.
+
+    Raises MemoryError at that end where rank 0 could not keep all; RunFailed where a rank has no memory to
+    take part, for which the others would wait.
+    """
+    copies = HostCopies(folder)
+    try:
+        yield copies
+    except (RuntimeError, MemoryError) as error:
+        if not faults.is_out_of_memory(error) or dist.get_world_size() == 1:
+            raise
+        raise RunFailed(
+            f"memory ran out while the weights were gathered for a checkpoint: {error}",
+            hint="free memory on this machine; the same command goes on from the last checkpoint",
+        ) from None
+    if copies.lacking:
+        raise MemoryError(copies.lacking)
+
+
 def gather(shards: LocalShards, model: Any, optimizer: torch.optim.Optimizer, folder: Path | None) -> None:
-    """Gather and, in rank 0, which alone is given a folder, write. All ranks gather to the end, whatever
-    becomes of the files."""
+    """Gather and, in rank 0, write. Raises as `gathering`."""
     adapted = hasattr(model, "peft_config")
     wanted = {n: p for n, p in shards.local.items() if p.requires_grad or not adapted}
-    weights = {name: to_host(shards.whole(name, p.detach()), folder) for name, p in wanted.items()}
-    moments = {
-        name: {
-            key: _moment(shards, name, value, folder)
-            for key, value in optimizer.state[p].items()
-            if key != "master"  # what an offloading optimizer calls the weight itself
+    with gathering(folder) as copies:
+        weights = {name: copies.take(shards.whole(name, p.detach())) for name, p in wanted.items()}
+        moments = {
+            name: {
+                key: _moment(shards, name, value, copies)
+                for key, value in optimizer.state[p].items()
+                if key != "master"  # what an offloading optimizer calls the weight itself
+            }
+            for name, p in shards.local.items()
+            if p.requires_grad
         }
-        for name, p in shards.local.items()
-        if p.requires_grad
-    }
     if folder is not None:
         write_files(folder, model, shards.parameters, weights, moments)
 
 
-def _moment(shards: LocalShards, name: str, value: Tensor, folder: Path | None) -> Tensor:
+def _moment(shards: LocalShards, name: str, value: Tensor, copies: HostCopies) -> Tensor:
     if value.shape != shards.local[name].shape or value.dim() == 0:
         return value  # a count of steps, the same in every rank
-    return to_host(shards.whole(name, value), folder)
+    return copies.take(shards.whole(name, value))
 
 
-def to_host(tensor: Tensor, folder: Path | None) -> Tensor:
-    """A tensor of its own in rank 0's host memory; elsewhere only an empty one is kept."""
-    return tensor.new_empty(0) if folder is None else tensor.detach().to("cpu", copy=True)
+def state_bytes(shards: LocalShards, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the gathered state of all weights."""
+    return sum(
+        shards.parameters[name].numel() * value.element_size() if value.dim() else states.tensor_bytes(value)
+        for name, p in shards.local.items()
+        for key, value in optimizer.state.get(p, {}).items()
+        if key != "master"
+    )
 
 
 def write_files(

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ class Trainer:
         self.state = State(scale=first_scale(self.precision))
         self.board: TensorBoard | None = None
         self.limits: dict[int, int] = {}
+        self.eval_tokens: int | None = None  # what held-out batches are cut to in this process
 
     def restore(self, folder: Any) -> None:
         """Go on from a checkpoint that has been found whole."""
@@ -171,17 +173,13 @@ class Trainer:
         """Add the gradients of all micro-batches. Returns what was said when memory ran out."""
         shares = self.engine.shares(batches)
         for share in shares:
-            reason = None
-            try:
-                self.add_gradients(share, units, tally, last=share is shares[-1])
-            except (RuntimeError, MemoryError) as error:
-                if not faults.is_out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0]
-            if reason and (not self.engine.retries or share.batch.num_documents == 1):
-                raise faults.too_large(share.batch, reason, self.task.recipe, self.state.step + 1)
-            if reason:
-                return reason
+            last = share is shares[-1]
+            found = faults.attempt(partial(self.add_gradients, share, units, tally, last=last))
+            if not isinstance(found, faults.NoMemory):
+                continue
+            if not self.engine.retries or share.batch.num_documents == 1:
+                raise faults.too_large(share.batch, found.reason, self.task.recipe, self.state.step + 1)
+            return found.reason
         return None
 
     def add_gradients(self, share: Share, units: int, tally: Tally, *, last: bool) -> None:
@@ -207,13 +205,22 @@ class Trainer:
     def update(self, batches: list[Batch]) -> float:
         """Clip and take the optimizer step. Returns the gradients' norm before it, infinite if skipped."""
         scale = self.state.scale
-        norm = self.engine.update(divide_by=scale.scale, max_norm=self.settings.max_grad_norm)
+        update = partial(self.engine.update, divide_by=scale.scale, max_norm=self.settings.max_grad_norm)
+        norm = faults.attempt(update)
+        if isinstance(norm, faults.NoMemory):
+            raise self.half_updated(norm.reason)
         if not math.isfinite(norm) and scale.can_fall:
             scale.overflowed()
             return math.inf
         self.check_finite("gradient norm", norm, batches)
         scale.went_well()
         return norm
+
+    def half_updated(self, reason: str) -> RunFailed:
+        self.engine.model.zero_grad(set_to_none=True)  # room to look for the last checkpoint
+        faults.release_memory()
+        last = self.task.run.latest_checkpoint()
+        return faults.no_room_for_update(reason, self.task.recipe, self.state.step + 1, last)
 
     def check_finite(self, what: str, value: float, batches: Sequence[Batch]) -> None:
         """Stop before the weights are touched."""
@@ -283,7 +290,13 @@ class Trainer:
 
     def evaluate(self) -> None:
         began = time.perf_counter()
-        found = evaluate(self.objective, self.engine, self.task.eval_batches)
+        engine, before = self.engine, self.eval_tokens
+        found = evaluate(
+            self.objective, engine, self.task.eval_batches, max_tokens=before, can_cut=not engine.lockstep
+        )
+        self.eval_tokens = found.max_tokens
+        if engine.sum([float(found.max_tokens != before)])[0]:
+            self.warn(self.state.step, faults.CUT_TO_EVALUATE)
         fields: dict[str, Any] = {"loss": found.loss, "supervised_tokens": found.supervised_tokens}
         fields |= {"seconds": time.perf_counter() - began} | found.measures
         self.events.write("eval", step=self.state.step, **fields)
@@ -292,11 +305,19 @@ class Trainer:
         say(f"step {self.state.step}: held-out loss {found.loss:.4f}{told}")
 
     def show_samples(self, sample: Callable[[Any], list[dict[str, Any]]]) -> None:
-        with self.engine.whole_model() as model:
-            answers = sample(model)
+        answers = faults.attempt(partial(self.answers, sample))
+        if isinstance(answers, faults.NoMemory):
+            if self.engine.lockstep and self.engine.num_ranks > 1:
+                raise faults.no_room_for_samples(answers.reason)
+            self.warn(self.state.step, faults.samples_left_out(answers.reason))
+            return
         for answer in answers:
             self.events.write("sample", step=self.state.step, **answer)
             say(f"step {self.state.step}: {answer['prompt']!r} -> {answer['answer']!r}")
+
+    def answers(self, sample: Callable[[Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        with self.engine.whole_model() as model:
+            return sample(model)
 
     def save(self, *, must: bool) -> None:
         """Raises SaveFailed if it `must` be; otherwise training goes on to the next save."""

@@ -125,6 +125,7 @@ class DdpEngine:
     """Every process holds the whole model; gradients are summed before the step, which all take alike."""
 
     retries = True
+    lockstep = False
 
     def __init__(self, model: Any, objective: Objective, recipe: Recipe, ranks: Ranks) -> None:
         self.single = SingleEngine(model, objective, recipe)
@@ -162,6 +163,9 @@ class DdpEngine:
     @contextmanager
     def whole_model(self) -> Iterator[Any]:
         yield self.model
+
+    def num_bytes(self) -> int:
+        return self.single.num_bytes()
 
     def write(self, folder: Path | None) -> None:
         if folder is not None:

@@ -17,20 +17,44 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tunesmith.core.errors import RunFailed
-from tunesmith.model.adapters import save_adapter, set_adapter
+from tunesmith.model.adapters import adapter_tensors, save_adapter, set_adapter
 from tunesmith.model.quiet import quiet
 from tunesmith.model.weights import ADAPTER_WEIGHTS
 
 OPTIMIZER = "optimizer.safetensors"
+# More than safetensors takes for itself while it writes.
+WRITER_BYTES = 8 * 1024**2
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """The trained weights: an adapter, or the whole model of a full fine-tune."""
+    """The trained weights: an adapter, or the whole model of a full fine-tune. Raises MemoryError."""
+    _check_memory()
     if isinstance(model, PeftModel):
         save_adapter(model, folder / "adapter")
         return
     with quiet():
         model.save_pretrained(folder / "model")
+
+
+def weights_bytes(model: Any) -> int:
+    """Bytes of the tensors that `write_weights` writes, of sharded weights in all processes together."""
+    if isinstance(model, PeftModel):
+        return sum(map(tensor_bytes, adapter_tensors(model).values()))
+    return sum(map(tensor_bytes, model.parameters()))
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that `write_optimizer` writes once every weight has been updated."""
+    return sum(tensor_bytes(value) for values in optimizer.state.values() for value in values.values())
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _check_memory() -> None:
+    """safetensors would not raise MemoryError but end the process."""
+    bytearray(WRITER_BYTES)
 
 
 def read_adapter(folder: Path, model: Any) -> None:
@@ -46,7 +70,10 @@ def read_adapter(folder: Path, model: Any) -> None:
 
 
 def write_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The state of every weight that was updated at least once: that of the others is all zeros."""
+    """The state of every weight that was updated at least once: that of the others is all zeros.
+
+    Raises MemoryError.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
         f"{kind}/{names[parameter]}": value.detach().cpu().contiguous()
@@ -54,6 +81,7 @@ def write_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         if values["step"] > 0
         for kind, value in values.items()
     }
+    _check_memory()
     save_file(tensors, folder / OPTIMIZER)
 
 

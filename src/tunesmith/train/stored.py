@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from tunesmith.recipe.memory import BLOCK_8BIT
+
+BLOCK = BLOCK_8BIT
 DECADES = 7
 
 

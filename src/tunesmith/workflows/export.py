@@ -40,7 +40,7 @@ from tunesmith.model.weights import (
     tensor_shapes,
     weight_files,
 )
-from tunesmith.workflows.open_model import load_files
+from tunesmith.workflows.open_model import load_weights
 from tunesmith.workflows.run_facts import card_facts, run_recipe
 
 Kind = Literal["adapter", "merged"]
@@ -210,9 +210,9 @@ def _export_merged(job: _Job, target: Path, dtype: str | None) -> ExportResult:
     prompts = _probes(job)
     with _publish(job, "merged", target, size, name) as (folder, checks):
         say(f"merge and check {job.run.path.name}, step {job.step}, as {name}")
-        model = load_files(
+        model = load_weights(
             job.trained, dtype=torch.float32, device="cpu", trust_remote_code=job.trust_remote_code
-        ).model
+        )
         write = write_merged if job.adapter else _write_full
         checks += write(model, folder, dtype=wanted, prompts=prompts, trust_remote_code=job.trust_remote_code)
         (folder / "generation_config.json").unlink(missing_ok=True)

@@ -68,18 +68,31 @@ def load_files(
     trust_remote_code: bool = False,
     chat_template: Path | None = None,
 ) -> OpenModel:
-    """Load resolved files: base, its merged adapters in order, then the adapter on top."""
+    """Load resolved files: tokenizer, base, its merged adapters in order, then the adapter on top."""
     tokenizer = load_tokenizer(
         files.tokenizer, chat_template=chat_template, trust_remote_code=trust_remote_code
     )
+    model = load_weights(files, dtype=dtype, device=device, merge=merge, trust_remote_code=trust_remote_code)
+    length = context_length(model.config)
+    return OpenModel(model, tokenizer, files.name, files, files.adapter, length)
+
+
+def load_weights(
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model of `load_files` alone, for those who have the tokenizer."""
     model = load_model(files.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     for folder in files.base_adapters:
         model = merge_adapter(load_adapter(model, folder))
-    length = context_length(model.config)
-    if files.adapter is not None:
-        model = load_adapter(model, files.adapter)
-        model = merge_adapter(model) if merge else model
-    return OpenModel(model, tokenizer, files.name, files, files.adapter, length)
+    if files.adapter is None:
+        return model
+    model = load_adapter(model, files.adapter)
+    return merge_adapter(model) if merge else model
 
 
 def with_given_adapter(files: ModelFiles, adapter: str) -> ModelFiles:

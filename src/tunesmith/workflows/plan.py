@@ -16,6 +16,7 @@ from tunesmith.model.hardware import DTYPES
 from tunesmith.plan.disk import DiskPlan, checkpoint_bytes, plan_disk, state_bytes
 from tunesmith.plan.work import WorkPlan, matmul_flops, seconds_for
 from tunesmith.recipe.schema import Recipe
+from tunesmith.train.states import weights_bytes
 
 # Share of a training step that its matrix products take; the rest is attention, norms and the optimizer.
 # Measured on two CPU cores: docs/log.md, 2026-11-22.
@@ -98,13 +99,14 @@ def _matrices(model: nn.Module, *, full: bool) -> tuple[int, int, int]:
 
 def _disk(recipe: Recipe, model: nn.Module, steps: int, run: Path, present_bytes: int) -> DiskPlan:
     trained = [p for p in model.parameters() if p.requires_grad]
-    stored = model.parameters() if recipe.method.type == "full" else trained
     num_trained = sum(p.numel() for p in trained)
-    assert recipe.train.optimizer != "auto"
+    optimizer = recipe.train.optimizer
+    assert optimizer != "auto"
+    states = sum(p.numel() * state_bytes(optimizer, p.element_size(), count=p.numel()) for p in trained)
     checkpoint = checkpoint_bytes(
-        sum(p.numel() * p.element_size() for p in stored),
+        weights_bytes(model),
         num_trained,
-        state_bytes(recipe.train.optimizer, trained[0].element_size()),
+        states / num_trained,
     )
     assert recipe.train.save_every != "auto"
     saves = -(-steps // recipe.train.save_every)
@@ -124,15 +126,15 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
         torch.ones(512, 1024, dtype=dtype, device=device),
         torch.ones(1024, 1024, dtype=dtype, device=device),
     )
-    done, start = 0, 0.0
+    at_once = 4 if device.type == "cuda" else 1  # fp16 on a CPU takes seconds for each
     left @ right
     _wait(device)
-    start = time.perf_counter()
+    done, start = 0, time.perf_counter()
     while time.perf_counter() - start < PROBE_S:
-        for _ in range(4):
+        for _ in range(at_once):
             left @ right
         _wait(device)
-        done += 4
+        done += at_once
     return done * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)
 
 

@@ -29,12 +29,12 @@ from tunesmith.convert.xtuner_order import (
 )
 from tunesmith.convert.xtuner_turns import Turn, encode_rows, turns_of
 from tunesmith.core.errors import UserError
-from tunesmith.core.paths import cache_dir, locked, new_folder, sha256_file, sha256_json
+from tunesmith.core.paths import cache_dir, sha256_file, sha256_json
 from tunesmith.data.batches import Totals
 from tunesmith.data.counts import FileCounts
 from tunesmith.data.prepare import Prepared, peek, tokenizer_hash
 from tunesmith.data.readers import BadRow, RowFile, open_source
-from tunesmith.data.store import MARKS, Pick, Rows, RowWriter, TokenStore, open_rows
+from tunesmith.data.store import MARKS, Pick, Rows, RowWriter, TokenStore, cached_rows
 from tunesmith.model.batch import Batch, join
 from tunesmith.recipe.compat import Compat
 from tunesmith.recipe.schema import Recipe, Source
@@ -132,19 +132,15 @@ def _with_format(source: Source, file: RowFile, place: str) -> Source:
 
 def _tokenised(file: RowFile, source: Source, compat: Compat, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """The rows of a file in full, from the cache if they are there."""
-    folder = cache_dir() / "data" / _key(file, source, compat, tokenizer)
-    with locked(folder):
-        known = open_rows(folder)
-        if known is None:
-            with new_folder(folder) as fresh, RowWriter(fresh) as writer:
-                for chunk in _chunks(file, source):
-                    turns = [found for _, found in chunk]
-                    encoded = encode_rows(turns, compat.template, tokenizer)
-                    writer.append(_arrays([number for number, _ in chunk], encoded))
-                writer.close(format=source.format, unit=file.unit)
-            known = open_rows(folder)
-            assert known is not None
-        return known
+
+    def make(fresh: Path) -> None:
+        with RowWriter(fresh) as writer:
+            for chunk in _chunks(file, source):
+                encoded = encode_rows([found for _, found in chunk], compat.template, tokenizer)
+                writer.append(_arrays([number for number, _ in chunk], encoded))
+            writer.close(format=source.format, unit=file.unit)
+
+    return cached_rows(cache_dir() / "data" / _key(file, source, compat, tokenizer), make)[0]
 
 
 def _key(file: RowFile, source: Source, compat: Compat, tokenizer: PreTrainedTokenizerBase) -> str:

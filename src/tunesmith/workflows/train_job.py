@@ -111,7 +111,7 @@ def open_job(start: Start, run: RunFolder, command: str, ranks: Ranks) -> Job:
     recipe = resolve_steps(recipe, data.steps.total_steps)
     if ranks.first and start.resumed:
         check_same_inputs(run, files, recipe)
-    model = make_model(_loaded_on(recipe), files, start.checkpoint)
+    model = make_model(_loaded_on(recipe), files, tokenizer, start.checkpoint)
     if start.checkpoint is not None and recipe.parallel.engine in SHARDED:
         states.read_adapter(start.checkpoint, model)  # while it is whole; other engines read it themselves
     totals = data.steps.totals()

@@ -12,29 +12,30 @@ from tunesmith.model import attention
 from tunesmith.model.adapters import attach_lora
 from tunesmith.model.freeze import freeze
 from tunesmith.model.load import load_model
-from tunesmith.model.new_tokens import add_tokens, start_rows, token_ids
+from tunesmith.model.new_tokens import start_rows, token_ids
 from tunesmith.model.noise import EmbeddingNoise
 from tunesmith.model.quant import quantize
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.activations import checkpoint_layers
 from tunesmith.train.precision import base_dtype, cast_trained
-from tunesmith.workflows.open_model import load_files
+from tunesmith.workflows.open_model import load_weights
 
 ALIGNMENT = 64
 
 
-def make_model(recipe: Recipe, files: ModelFiles, found: Path | None) -> Any:
+def make_model(recipe: Recipe, files: ModelFiles, tokenizer: Any, found: Path | None) -> Any:
     """The model to train: of a full fine-tune's checkpoint if there is one, else the base; adapters fresh.
 
-    Raises UserError for layers or tokens of the recipe that the model cannot have; MissingExtra.
+    tokenizer: with the recipe's new tokens in it. Raises UserError for layers or tokens of the recipe that
+    the model cannot have; MissingExtra.
     """
     assert recipe.data.max_length != "auto" and recipe.train.precision != "auto"
     method = recipe.method
     if method.type == "full":
-        model = _whole(recipe, files, found)
+        model = _whole(recipe, files, tokenizer, found)
         freeze(model, method.freeze)
     else:
-        model = _adapted(recipe, files)
+        model = _adapted(recipe, files, tokenizer)
     if method.neftune_alpha:
         EmbeddingNoise(method.neftune_alpha).install(model)
     cast_trained(model, recipe.train.precision)
@@ -45,9 +46,9 @@ def make_model(recipe: Recipe, files: ModelFiles, found: Path | None) -> Any:
     return model
 
 
-def _whole(recipe: Recipe, files: ModelFiles, found: Path | None) -> Any:
+def _whole(recipe: Recipe, files: ModelFiles, tokenizer: Any, found: Path | None) -> Any:
     if found is None:
-        return _base(recipe, files, device=recipe.hardware.device)[0]
+        return _base(recipe, files, tokenizer, device=recipe.hardware.device)[0]
     assert recipe.train.precision != "auto"
     model = load_model(
         found / "model",
@@ -59,12 +60,12 @@ def _whole(recipe: Recipe, files: ModelFiles, found: Path | None) -> Any:
     return model
 
 
-def _adapted(recipe: Recipe, files: ModelFiles) -> Any:
+def _adapted(recipe: Recipe, files: ModelFiles, tokenizer: Any) -> Any:
     """The base, in four bits for qlora, with fresh adapters."""
     method = recipe.method
     assert method.alpha != "auto" and recipe.train.precision != "auto"
     quantised = method.type == "qlora"
-    model, ids = _base(recipe, files, device="cpu" if quantised else recipe.hardware.device)
+    model, ids = _base(recipe, files, tokenizer, device="cpu" if quantised else recipe.hardware.device)
     if quantised:
         quantize(
             model,
@@ -87,21 +88,20 @@ def _adapted(recipe: Recipe, files: ModelFiles) -> Any:
     )
 
 
-def _base(recipe: Recipe, files: ModelFiles, *, device: str) -> tuple[Any, list[int]]:
+def _base(recipe: Recipe, files: ModelFiles, tokenizer: Any, *, device: str) -> tuple[Any, list[int]]:
     """The base model on `device`, with rows for the recipe's new tokens, and their numbers."""
     assert recipe.train.precision != "auto"
-    opened = load_files(
+    model = load_weights(
         files,
         dtype=base_dtype(recipe.train.precision, full=recipe.method.type == "full"),
         device=device,
         merge=True,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    add_tokens(opened.tokenizer, recipe.model.new_tokens)
-    ids = token_ids(opened.tokenizer, recipe.model.new_tokens)
-    start_rows(opened.model, ids)
-    _install_attention(opened.model, recipe)
-    return opened.model, ids
+    ids = token_ids(tokenizer, recipe.model.new_tokens)
+    start_rows(model, ids)
+    _install_attention(model, recipe)
+    return model, ids
 
 
 def _install_attention(model: Any, recipe: Recipe) -> None:
