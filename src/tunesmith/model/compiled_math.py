@@ -8,6 +8,8 @@ Shapes: T tokens, D hidden size, I intermediate size, H heads, Dh head size.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +18,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.model.fast_math import Math
+
+
+def has_compiler() -> bool:
+    """True when torch's CPU backend can find a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
 
 
 @cache

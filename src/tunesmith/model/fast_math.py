@@ -41,7 +41,7 @@ def normalised(x_TD: Tensor, inverse_T1: Tensor, weight_D: Tensor, dtype: torch.
     for rows in row_blocks(x_TD):
         # Rounded to x's format before the weight, as transformers does.
         scaled = (x_TD[rows].float() * inverse_T1[rows]).to(x_TD.dtype)
-        out[rows] = scaled * weight_D
+        torch.mul(scaled, weight_D, out=out[rows])
     return out
 
 
@@ -58,10 +58,10 @@ def rms_norm_backward(
         slope = torch.mv(product, weight)[:, None].mul_(inverse.pow(3)).mul_(-1 / x.shape[-1])
         if d_weight is not None:
             d_weight.addmv_(product.T, inverse[:, 0])
-        d = torch.mul(d_out, weight, out=product).mul_(inverse).addcmul_(x, slope)
+        d = torch.mul(d_out, weight, out=product).mul_(inverse)
         if plus_TD is not None:
             d += plus_TD[rows]
-        dx[rows] = d
+        torch.addcmul(d, x, slope, out=dx[rows])
     return dx, None if d_weight is None else d_weight.to(weight_D.dtype)
 
 
@@ -76,10 +76,10 @@ def swiglu_backward(d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> tuple[T
     for rows in row_blocks(gate_TI):
         gate, up, d_out = gate_TI[rows].float(), up_TI[rows].float(), d_out_TI[rows].float()
         d_silu = d_out * up
-        d_gate[rows] = torch.ops.aten.silu_backward(d_silu, gate)
-        silu = torch.nn.functional.silu(gate)
-        d_up[rows] = torch.mul(d_out, silu, out=d_silu)
-        d_out_TI[rows] = silu.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate[rows])
+        silu = torch.ops.aten.silu.out(gate, out=d_silu)
+        torch.mul(d_out, silu, out=d_up[rows])
+        torch.mul(silu, up, out=d_out_TI[rows])
     return d_gate, d_up, d_out_TI
 
 

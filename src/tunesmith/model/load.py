@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.loading import first_load
 from tunesmith.core.units import bytes_text
+from tunesmith.model.hardware import settle_vector_math
 from tunesmith.model.new_tokens import add_tokens
 from tunesmith.model.quiet import quiet
 from tunesmith.model.weights import (
@@ -98,6 +99,7 @@ def load_model(
     damaged, the architecture is unknown or no causal language model, a weight is missing or has another
     shape, or `device` has not enough memory.
     """
+    settle_vector_math()
     config = load_config(folder, trust_remote_code=trust_remote_code)
     files = weight_files(folder)
     for path in files:

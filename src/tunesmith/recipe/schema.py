@@ -231,7 +231,7 @@ class Train(Section):
     )
     compile: bool | Auto = Field(
         "auto",
-        description="Compile each decoder layer with torch.compile, in place of the fused layers; auto: no.",
+        description="Compile what in the fused layers is no matrix product, by torch.compile; auto: no.",
     )
     kernels: Literal["torch", "liger"] | Auto = Field(
         "auto",

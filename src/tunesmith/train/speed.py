@@ -1,4 +1,4 @@
-"""What makes a training fast, chosen once at its start: fused layers, compiled layers, kernels, memory."""
+"""What makes a training fast, chosen once at its start: fused layers, compiled or not, kernels, memory."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch import nn
 from tunesmith.core.errors import MissingExtra, UserError
 from tunesmith.core.progress import say
 from tunesmith.model.attention import unwrapped
+from tunesmith.model.compiled_math import compiled_math, has_compiler
 from tunesmith.model.fast_layers import use_fast_layers
+from tunesmith.model.fast_math import IN_BLOCKS
 from tunesmith.model.hardware import keep_freed_memory
 from tunesmith.recipe.schema import Train
 from tunesmith.train import fast_lora
-from tunesmith.train.compile import compile_layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a run computes with. fused_layers: decoder layers in our own fused form; compiled_layers: by
-    torch.compile; lora_layers: adapters whose product is fused; keeps_freed_memory: freed blocks are used
-    again instead of given back to the system."""
+    """What a run computes with. fused_layers: decoder layers in our own fused form; compiled: what in them is
+    no matrix product is compiled by torch; lora_layers: adapters whose product is fused; keeps_freed_memory:
+    freed blocks are used again instead of given back to the system."""
 
     device: str
     threads: int
     kernels: Literal["torch", "liger"]
     fused_layers: int
-    compiled_layers: int
+    compiled: bool
     lora_layers: int
     keeps_freed_memory: bool
 
@@ -37,8 +38,8 @@ class Speed:
 
     def text(self) -> str:
         parts = [f"{self.threads} threads" if self.device == "cpu" else self.device]
-        parts += [f"{self.fused_layers} fused layers"] if self.fused_layers else []
-        parts += [f"{self.compiled_layers} compiled layers"] if self.compiled_layers else []
+        fused = f"{self.fused_layers} fused{' and compiled' if self.compiled else ''} layers"
+        parts += [fused] if self.fused_layers else []
         parts += ["Liger's kernels"] if self.kernels == "liger" else []
         parts += ["freed memory is kept"] if self.keeps_freed_memory else []
         return ", ".join(parts)
@@ -53,19 +54,39 @@ def speed_up(model: nn.Module, train: Train) -> Speed:
     kernels: Literal["torch", "liger"] = "liger" if train.kernels == "liger" else "torch"
     if kernels == "liger":
         use_liger(model, device)
-    compiled = compile_layers(model, device) if train.compile is True else 0
-    fused = 0 if compiled or kernels == "liger" else use_fast_layers(model)
+    compiled = train.compile is True
+    if compiled:
+        check_compiler(device)
+    fused = 0 if kernels == "liger" else use_fast_layers(model, compiled_math() if compiled else IN_BLOCKS)
+    if compiled and not fused:
+        raise not_compiled(model, kernels)
     speed = Speed(
         device=device.type,
         threads=torch.get_num_threads(),
         kernels=kernels,
         fused_layers=fused,
-        compiled_layers=compiled,
-        lora_layers=0 if compiled else fast_lora.speed_up(model),
+        compiled=compiled,
+        lora_layers=fast_lora.speed_up(model),
         keeps_freed_memory=device.type == "cpu" and train.memory == "normal" and keep_freed_memory(),
     )
     say(f"computing with {speed.text()}")
     return speed
+
+
+def check_compiler(device: torch.device) -> None:
+    if device.type == "cpu" and not has_compiler():
+        raise UserError(
+            "train.compile: true: torch needs a C++ compiler for the CPU, and finds none",
+            hint="install g++ (or set $CXX), or take train.compile: false",
+        )
+
+
+def not_compiled(model: nn.Module, kernels: str) -> UserError:
+    why = "Liger's kernels" if kernels == "liger" else f"the layers of {type(unwrapped(model)).__name__}"
+    return UserError(
+        f"train.compile: true: it is the fused layers that are compiled, and this run has {why} instead",
+        hint="take train.compile: false" + (", or train.kernels: torch" if kernels == "liger" else ""),
+    )
 
 
 def use_liger(model: Any, device: torch.device) -> None:
