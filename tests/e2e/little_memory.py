@@ -1,9 +1,10 @@
 """`python -m tests.e2e.little_memory WHEN RECIPE`: train, and have too little memory or disk for one thing.
 
 WHEN says for what: "step", "longest" (the try of the longest batch), "eval", "samples", "update", "save";
-"disk": the disk of the run is full from the third step to the seventh. The address space is limited to what is in use and a margin, which shrinks from one time to the next until memory
-runs out; so the limit of a step lies between what the whole micro-batch and what a part of it needs. With
-several processes only the last rank has too little.
+"disk": the disk of the run is full from the third step to the seventh. The address space is limited to what
+is in use and a margin, which shrinks from one time to the next until memory runs out; so the limit of a step
+lies between what the whole micro-batch and what a part of it needs. With several processes only the last
+rank has too little.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tunesmith.core.proc import Process, spawn
 from tunesmith.train import chunked_adamw
 from tunesmith.train.loop import Trainer
 
-FIRST_MARGIN_MIB, SHRINK = 64.0, 0.75
+FIRST_MARGIN_MIB, SHRINK = 64.0, 0.65
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of <malloc.h>
 PLENTY_MIB = 2.0**20
 HOLE_BYTES = 1 << 18
@@ -80,9 +81,15 @@ class Squeezed(Trainer):
 
 
 class AtSteps(Squeezed):
+    """In the passes of a step, not in its update."""
+
     def step(self, batches: Any) -> Any:
         self.squeeze()
         return super().step(batches)
+
+    def update(self, batches: Any) -> float:
+        limit_memory(PLENTY_MIB)
+        return super().update(batches)
 
 
 class AtTheLongest(Squeezed):

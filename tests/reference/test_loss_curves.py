@@ -48,6 +48,8 @@ class Setup:
 
 
 TINY = Setup()
+# With all weights, at 5e-3, Adam's first steps amplify rounding beyond the tolerance.
+GENTLE = Setup(lr=2e-3)
 
 
 def padded(documents: list[Document]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,8 +124,8 @@ def assert_same_curve(ours: list[float], plain: list[float], tolerance: float) -
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "qwen3"])
 def test_full_fine_tuning_equals_a_plain_loop(kind: str, make_trainer: Callable[..., Trainer]) -> None:
     model = make_model(kind)
-    plain = plain_loop(copy.deepcopy(model))
-    assert_same_curve(our_losses(model, make_trainer), plain, 1e-5)
+    plain = plain_loop(copy.deepcopy(model), GENTLE)
+    assert_same_curve(our_losses(model, make_trainer, GENTLE), plain, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "qwen3"])
@@ -139,10 +141,10 @@ def test_lora_equals_a_plain_loop_with_peft(kind: str, make_trainer: Callable[..
 
 
 def test_gradient_checkpointing_changes_no_loss(make_trainer: Callable[..., Trainer]) -> None:
-    plain = plain_loop(make_model("llama-tied"))
+    plain = plain_loop(make_model("llama-tied"), GENTLE)
     model = make_model("llama-tied")
     model.activation_checkpointing_enable({"use_reentrant": False})
-    assert_same_curve(our_losses(model, make_trainer), plain, 1e-5)
+    assert_same_curve(our_losses(model, make_trainer, GENTLE), plain, 1e-5)
 
 
 def test_lora_on_smollm2_equals_a_plain_loop(smol: Path, make_trainer: Callable[..., Trainer]) -> None:

@@ -12,7 +12,7 @@ def postpone(*names: str) -> None:
 
     For the program's own process only, before anything else is imported: peft imports bitsandbytes at every
     start, which takes over two seconds, and only qlora and 8-bit optimizers use it; transformers imports
-    deepspeed whenever it saves a model, half a second and 30 MiB that only DeepSpeed's own engine needs.
+    deepspeed whenever it saves a model, half a second that only DeepSpeed's own engine needs.
     """
     for name in names:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
