@@ -146,6 +146,10 @@ class Forked:
             if errors is not None:
                 os.dup2(errors.fileno(), 2)
             _as_if_new(env)
+            import torch
+
+            # A fork's first use of torch's threads makes them anew; two threads at once would find none.
+            torch.set_num_threads(torch.get_num_threads())
             from tunesmith.cli.main import main
             from tunesmith.workflows import launch
 
