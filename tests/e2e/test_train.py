@@ -72,6 +72,17 @@ def test_what_does_not_change_the_training_may_change(tmp_path: Path, tiny: Path
     assert [path.name for path in second.run.complete_checkpoints()] == ["step-000004"]
 
 
+def test_a_run_killed_before_the_last_removal_ends_with_no_checkpoint_too_many(
+    tmp_path: Path, tiny: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny, train=SHORT)
+    run = train_recipe(recipe, []).run
+    assert len(run.saved_checkpoints()) == 3
+    cut_back(run, to_step=4)
+    train_recipe(recipe, ["train.keep_checkpoints=2"])
+    assert [path.name for path in run.saved_checkpoints()] == ["step-000002", "step-000004"]
+
+
 def test_fresh_moves_the_old_run_aside(tmp_path: Path, tiny: Path) -> None:
     recipe = write_recipe(tmp_path, tiny, train=SHORT)
     first = train_recipe(recipe, [])

@@ -189,6 +189,8 @@ def train_job(job: Job) -> TrainResult:
 
 
 def _finish(job: Job, trainer: Trainer, events: EventLog, state: checkpoint.State) -> dict[str, Any]:
+    # A kill between the last save and the removal of an older one leaves that, and no other save comes.
+    checkpoint.prune(job.run, job.recipe.train.keep_checkpoints)
     result = _result(job, state, peak_gib(trainer.device))
     write_text(job.run.report, report(job.run.path.name, job.run.events, job.plan.as_dict(), result))
     events.write("end", status="finished", step=state.step, **result)
