@@ -23,6 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+COLD = {"TUNESMITH_TEST_COLD": "1"}
+"""The environment of a start that does its own imports."""
 WARM = {"train", "data", "eval", "export", "chat", "serve", "verify"}
 IMPORTS = (
     "tunesmith.workflows.train", "tunesmith.workflows.evaluate", "tunesmith.workflows.export",
@@ -39,7 +41,7 @@ def start(*args: str | Path, env: dict[str, str] | None = None, **options: Any) 
     """`python -m tunesmith ARGS`, with `env` laid over this environment; `options` are those of Popen."""
     command = [sys.executable, "-m", "tunesmith", *map(str, args)]
     whole = os.environ | (env or {})
-    cold = "TUNESMITH_TEST_COLD" in whole or not WARM.intersection(command[3:4])
+    cold = COLD.keys() <= whole.keys() or not WARM.intersection(command[3:4])
     if cold or _read_by_imports(whole) != _read_by_imports(ENVIRONMENT):
         return subprocess.Popen(command, env=whole, text=True, **options)
     return Warm(command, env=whole, text=True, **options)

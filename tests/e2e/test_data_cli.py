@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.conftest import Cli
 from tunesmith.cli.main import main
 
@@ -42,7 +43,7 @@ def called(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, 
 def test_check_counts_as_one_json_object(cli: Cli, tmp_path: Path, tiny: Path) -> None:
     rows = [QA | {"input": str(i)} for i in range(40)] + [QA | {"output": ""}, QA | {"output": "x " * 3000}]
     path = recipe(tmp_path, tiny, lines(tmp_path / "rows.jsonl", rows), max_length=128, eval_fraction=0.2)
-    found: Any = cli.json("data", "check", path, env={"TUNESMITH_TEST_COLD": "1"})
+    found: Any = cli.json("data", "check", path, env=warm.COLD)
     counts = found["files"][0]
     assert (counts["format"], counts["rows"], counts["kept"]) == ("alpaca", 42, 40)
     assert (counts["dropped"], counts["empty"]) == (1, 1)

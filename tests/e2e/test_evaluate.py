@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import warm
 from tests.make_run import make_run
 from tunesmith.core.errors import UserError
 from tunesmith.workflows.evaluate import evaluate_model
@@ -79,7 +80,7 @@ def test_loss_and_exact_match_equal_transformers(cli: Any, smol: Path, expected:
         rows,
         "--show",
         "2",
-        env={"TUNESMITH_TEST_COLD": "1"},
+        env=warm.COLD,
     )
     loss = sum(e["loss"] for e in expected) / sum(e["tokens"] for e in expected)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)

@@ -10,6 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import warm
 from tunesmith.model.generate import generate
 from tunesmith.model.sampling import SamplingParams
 from tunesmith.workflows.open_model import open_model
@@ -29,8 +30,7 @@ def test_trained_run_exports_and_all_engines_agree(cli: Any, tiny: Path, tmp_pat
     recipe = tmp_path / "count.yaml"
     recipe.write_text(RECIPE.format(model=tiny, data=data))
     run = Path(str(cli.json("train", recipe, cwd=tmp_path)["run"]))
-    cold = {"TUNESMITH_TEST_COLD": "1"}
-    done = {kind: cli.json("export", run, "--to", kind, env=cold) for kind in ("adapter", "merged")}
+    done = {kind: cli.json("export", run, "--to", kind, env=warm.COLD) for kind in ("adapter", "merged")}
     assert all(check["passed"] for check in done["merged"]["checks"])
 
     tokenizer = AutoTokenizer.from_pretrained(done["merged"]["folder"])

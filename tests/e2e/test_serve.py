@@ -73,7 +73,7 @@ def small(tiny: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def real(smol: Path) -> Iterator[Running]:
-    running = start(smol, "--model-name", "smol", env={"TUNESMITH_TEST_COLD": "1"})
+    running = start(smol, "--model-name", "smol", env=warm.COLD)
     yield running
     stop(running)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import warm
 from tests.conftest import Cli
 from tests.e2e.train_helpers import Training, cut_back, write_recipe, write_rows
 from tunesmith.core.errors import RunFailed, UserError
@@ -26,10 +27,10 @@ SHORT = {"max_steps": 4, "save_every": 2, "keep_checkpoints": 10}
 def test_the_whole_way_and_its_files(tmp_path: Path, tiny: Path, cli: Cli) -> None:
     samples = {"prompts": ["Add 1 and 2."], "max_new_tokens": 4}
     recipe = write_recipe(tmp_path, tiny, train=SHORT, samples=samples)
-    plan = cli.json("train", recipe, "--dry-run", env={"TUNESMITH_TEST_COLD": "1"})
+    plan = cli.json("train", recipe, "--dry-run", env=warm.COLD)
     run = RunFolder(tmp_path / "runs" / "run")
     assert plan["work"]["steps"] == 4 and not run.path.exists()  # type: ignore[index]
-    found = cli.json("train", recipe, env={"TUNESMITH_TEST_COLD": "1"})
+    found = cli.json("train", recipe, env=warm.COLD)
     assert found["steps"] == 4 and found["run"] == str(run.path) and found["resumed"] is False
     assert found["tokens"] == plan["work"]["tokens"]  # type: ignore[index]
     assert found["eval_loss"] < found["eval_loss_before"]  # type: ignore[operator]

@@ -40,10 +40,10 @@ class DiskPlan:
         )
 
 
-def checkpoint_bytes(weights: int, num_trained: int, state_bytes: float) -> int:
-    """Size of a checkpoint. weights: bytes of the stored weights; state_bytes: of the optimizer's state for
-    one trained weight (`state_bytes`)."""
-    return weights + ceil(num_trained * state_bytes)
+def checkpoint_bytes(weights: int, states: float) -> int:
+    """Size of a checkpoint. Bytes: weights, of the stored weights; states, of the optimizer's state for all
+    trained ones (`state_bytes` for each)."""
+    return weights + ceil(states)
 
 
 def state_bytes(optimizer: Optimizer, weight_bytes: int, *, count: int = MIN_8BIT) -> float:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.optional import load
-from tunesmith.recipe.memory import MIN_8BIT
-from tunesmith.train.stored import BLOCK, Blocks8, Plain, Rounded, Stored, blocks, dynamic_map
+from tunesmith.recipe.memory import BLOCK_8BIT, MIN_8BIT
+from tunesmith.train.stored import Blocks8, Plain, Rounded, Stored, blocks, dynamic_map
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
@@ -50,7 +50,9 @@ class ChunkedAdamW(torch.optim.Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
             if dtype == torch.uint8:
-                state[f"{name}_scale"] = torch.zeros(-(-parameter.numel() // BLOCK), device=parameter.device)
+                state[f"{name}_scale"] = torch.zeros(
+                    -(-parameter.numel() // BLOCK_8BIT), device=parameter.device
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

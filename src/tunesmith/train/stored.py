@@ -2,7 +2,7 @@
 
 Each form reads a chunk as fp32 and takes it back, so that fp32 never exists for more than a chunk.
 
-Shapes: N elements of a tensor laid flat, B = ceil(N / BLOCK) blocks, n elements of a chunk; `values` [N].
+Shapes: N elements of a tensor laid flat, B = ceil(N / BLOCK_8BIT), n elements of a chunk; `values` [N].
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from tunesmith.recipe.memory import BLOCK_8BIT
 
-BLOCK = BLOCK_8BIT
 DECADES = 7
 
 
 class Stored(Protocol):
-    """A flat tensor of numbers. Chunks begin at multiples of BLOCK."""
+    """A flat tensor of numbers. Chunks begin at multiples of BLOCK_8BIT."""
 
     def read(self, at: slice) -> Tensor:
         """A chunk as fp32 [n]; changes made to it count once it is handed to `write`."""
@@ -79,8 +78,8 @@ class Blocks8:
 
     def write(self, at: slice, value: Tensor) -> None:
         scales = self.scales[blocks(at)]
-        whole = len(value) // BLOCK * BLOCK
-        torch.amax(value[:whole].view(-1, BLOCK).abs(), 1, out=scales[: whole // BLOCK])
+        whole = len(value) // BLOCK_8BIT * BLOCK_8BIT
+        torch.amax(value[:whole].view(-1, BLOCK_8BIT).abs(), 1, out=scales[: whole // BLOCK_8BIT])
         if whole < len(value):
             scales[-1] = value[whole:].abs().amax()
         # A block of zeros is divided by 1: its codes are those of 0, whatever the scale.
@@ -90,12 +89,12 @@ class Blocks8:
 
 def blocks(at: slice) -> slice:
     """The blocks of a chunk of elements."""
-    return slice(at.start // BLOCK, -(-at.stop // BLOCK))
+    return slice(at.start // BLOCK_8BIT, -(-at.stop // BLOCK_8BIT))
 
 
 def _by_block(values: Tensor, scales: Tensor, operation: object) -> Tensor:
-    whole = len(values) // BLOCK * BLOCK
-    operation(values[:whole].view(-1, BLOCK), scales[: whole // BLOCK, None])  # type: ignore[operator]
+    whole = len(values) // BLOCK_8BIT * BLOCK_8BIT
+    operation(values[:whole].view(-1, BLOCK_8BIT), scales[: whole // BLOCK_8BIT, None])  # type: ignore[operator]
     if whole < len(values):
         operation(values[whole:], scales[-1])  # type: ignore[operator]
     return values

@@ -99,15 +99,10 @@ def _matrices(model: nn.Module, *, full: bool) -> tuple[int, int, int]:
 
 def _disk(recipe: Recipe, model: nn.Module, steps: int, run: Path, present_bytes: int) -> DiskPlan:
     trained = [p for p in model.parameters() if p.requires_grad]
-    num_trained = sum(p.numel() for p in trained)
     optimizer = recipe.train.optimizer
     assert optimizer != "auto"
     states = sum(p.numel() * state_bytes(optimizer, p.element_size(), count=p.numel()) for p in trained)
-    checkpoint = checkpoint_bytes(
-        weights_bytes(model),
-        num_trained,
-        states / num_trained,
-    )
+    checkpoint = checkpoint_bytes(weights_bytes(model), states)
     assert recipe.train.save_every != "auto"
     saves = -(-steps // recipe.train.save_every)
     return plan_disk(
@@ -115,7 +110,7 @@ def _disk(recipe: Recipe, model: nn.Module, steps: int, run: Path, present_bytes
         checkpoint=checkpoint,
         keep=recipe.train.keep_checkpoints,
         saves=saves,
-        export=4 * num_trained,
+        export=4 * sum(p.numel() for p in trained),
         present=present_bytes,
     )
 

@@ -9,9 +9,9 @@ from tunesmith.plan.disk import SMALL_FILES_BYTES, checkpoint_bytes, plan_disk, 
 def test_checkpoint_is_weights_and_what_the_optimizer_keeps_of_each() -> None:
     assert state_bytes("adamw", 4) == 8 and state_bytes("adamw", 2) == 4
     assert state_bytes("adamw-offload", 2) == 12
-    assert checkpoint_bytes(20, 10, state_bytes("adamw", 2)) == 60
+    assert checkpoint_bytes(20, 10 * state_bytes("adamw", 2)) == 60
     # 256 weights: 2 codes each, and a scale for each average.
-    assert checkpoint_bytes(512, 256, state_bytes("adamw-8bit", 2)) == 512 + 2 * 256 + 2 * 4
+    assert checkpoint_bytes(512, 256 * state_bytes("adamw-8bit", 2)) == 512 + 2 * 256 + 2 * 4
 
 
 def test_the_fullest_moment_holds_one_more_than_is_kept(tmp_path: Path) -> None:

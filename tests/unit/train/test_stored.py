@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.recipe.memory import BLOCK_8BIT
 from tunesmith.train.stored import (
-    BLOCK,
     Blocks8,
     Plain,
     Rounded,
@@ -28,7 +28,7 @@ def numbers(*, signed: bool) -> Tensor:
 
 
 def blocks8(count: int, *, signed: bool) -> Blocks8:
-    return Blocks8(torch.zeros(count, dtype=torch.uint8), torch.zeros(-(-count // BLOCK)), signed)
+    return Blocks8(torch.zeros(count, dtype=torch.uint8), torch.zeros(-(-count // BLOCK_8BIT)), signed)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -61,7 +61,7 @@ def test_codes_are_the_nearest(signed: bool) -> None:
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("count", [BLOCK, 3 * BLOCK, 5 * BLOCK + 7, 9])
+@pytest.mark.parametrize("count", [BLOCK_8BIT, 3 * BLOCK_8BIT, 5 * BLOCK_8BIT + 7, 9])
 def test_blocks_are_read_back_by_us_and_by_bitsandbytes(signed: bool, count: int) -> None:
     torch.manual_seed(count)
     values = torch.randn(count) * torch.randn(count).exp()
@@ -69,35 +69,35 @@ def test_blocks_are_read_back_by_us_and_by_bitsandbytes(signed: bool, count: int
     kept = blocks8(count, signed=signed)
     kept.write(slice(0, count), values.clone())
     back = kept.read(slice(0, count))
-    largest = kept.scales.repeat_interleave(BLOCK)[:count]
+    largest = kept.scales.repeat_interleave(BLOCK_8BIT)[:count]
     # Half a step of the highest decade: 0.9 / 128 of the block's largest. The signed map has no -1.
     assert ((back - values).abs() <= largest * (0.9 / 128 + 1e-6)).all()
     exact = values == largest
     assert exact.any() and torch.equal(back[exact], values[exact])
     pytest.importorskip("bitsandbytes")
     theirs = torch.ops.bitsandbytes.dequantize_blockwise(
-        kept.codes, kept.scales, dynamic_map(signed, CPU), BLOCK, torch.float32
+        kept.codes, kept.scales, dynamic_map(signed, CPU), BLOCK_8BIT, torch.float32
     )
     assert torch.equal(theirs, back)
 
 
 def test_chunks_are_written_as_the_whole_is() -> None:
     torch.manual_seed(0)
-    values, count = torch.randn(6 * BLOCK + 100), 6 * BLOCK + 100
+    values, count = torch.randn(6 * BLOCK_8BIT + 100), 6 * BLOCK_8BIT + 100
     whole, parts = blocks8(count, signed=True), blocks8(count, signed=True)
     whole.write(slice(0, count), values.clone())
-    for at in (slice(0, 2 * BLOCK), slice(2 * BLOCK, 6 * BLOCK), slice(6 * BLOCK, count)):
+    for at in (slice(0, 2 * BLOCK_8BIT), slice(2 * BLOCK_8BIT, 6 * BLOCK_8BIT), slice(6 * BLOCK_8BIT, count)):
         parts.write(at, values[at].clone())
     assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.scales, parts.scales)
-    assert blocks(slice(2 * BLOCK, count)) == slice(2, 7)
+    assert blocks(slice(2 * BLOCK_8BIT, count)) == slice(2, 7)
 
 
 def test_zeros_and_tiny_numbers_come_back() -> None:
-    kept = blocks8(2 * BLOCK, signed=True)
-    values = torch.zeros(2 * BLOCK)
-    values[BLOCK:] = 1e-38
-    kept.write(slice(0, 2 * BLOCK), values.clone())
-    torch.testing.assert_close(kept.read(slice(0, 2 * BLOCK)), values, rtol=1e-6, atol=0)
+    kept = blocks8(2 * BLOCK_8BIT, signed=True)
+    values = torch.zeros(2 * BLOCK_8BIT)
+    values[BLOCK_8BIT:] = 1e-38
+    kept.write(slice(0, 2 * BLOCK_8BIT), values.clone())
+    torch.testing.assert_close(kept.read(slice(0, 2 * BLOCK_8BIT)), values, rtol=1e-6, atol=0)
 
 
 def test_rounding_keeps_the_mean_and_only_takes_neighbours() -> None:
