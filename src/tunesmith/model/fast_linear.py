@@ -66,6 +66,8 @@ def fast_head(head: nn.Module) -> Callable[[Tensor], Tensor]:
         return head
     mkldnn = torch.ops.mkldnn
     linear: Any = head
+    # oneDNN ends the process where it gets no memory for its copy; torch raises an error.
+    torch.empty_like(linear.weight)
     weight = mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
     bias = None if linear.bias is None else linear.bias.detach()
 
