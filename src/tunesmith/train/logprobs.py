@@ -85,6 +85,7 @@ class _LogProbs(torch.autograd.Function):
             logps_N[rows] = _logprobs_into_softmax(logits, targets_N[rows])
             if unit_ND is not None:
                 torch.mm(_onehot_minus(logits, targets_N[rows]).to(dtype), weight, out=unit_ND[rows])
+            del logits  # else they live on while the next chunk's are made
         ctx.trains_head = trains_head
         if trains_head:
             ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N)
@@ -121,6 +122,7 @@ def _with_head(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, 
             d_weight += d_logits.T @ hidden_ND[rows]
         if d_bias is not None:
             d_bias += by_logits.sum(0)
+        del logits, by_logits, d_logits
     return (
         d_hidden,
         None if d_weight is None else d_weight.to(weight_VD.dtype),

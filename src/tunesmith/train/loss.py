@@ -19,8 +19,7 @@ from tunesmith.model.batch import IGNORE
 from tunesmith.model.fast_math import row_blocks
 from tunesmith.model.hardware import compute_dtype
 
-# Elements of the largest logits chunk: 64 MiB in fp32; twice that where every chunk is also added into the
-# gradient of the head's weight, which costs a pass over all of it.
+# Elements of the largest logits chunk: 64 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -60,21 +59,11 @@ class _ChunkedLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight_VD, dtype=exact) if wanted[1] else None
         d_bias = torch.zeros_like(bias_V, dtype=exact) if wanted[2] and bias_V is not None else None
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
-        rows = max(1, CHUNK_ELEMENTS * (2 if wanted[1] else 1) // len(weight))
+        rows = max(1, CHUNK_ELEMENTS // len(weight))
         for at in range(0, len(hidden_ND), rows):
             part = slice(at, at + rows)
-            hidden = hidden_ND[part]
-            logits = F.linear(hidden, weight, bias).to(exact)
-            losses, sums = _losses_into_gradient(logits, targets_N[part])
-            total += losses.sum()
-            if any(wanted):
-                _spread(
-                    logits,
-                    sums,
-                    hidden,
-                    weight,
-                    (None if d_hidden is None else d_hidden[part], d_weight, d_bias),
-                )
+            into = None if d_hidden is None else d_hidden[part], d_weight, d_bias
+            total += _chunk_loss(hidden_ND[part], weight, bias, targets_N[part], exact, into)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
@@ -92,6 +81,25 @@ class _ChunkedLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _chunk_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    exact: torch.dtype,
+    into: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """A chunk's loss; its gradients are added into those of weight and bias and written to its hidden's.
+
+    A function of its own, so that no chunk's logits live on while the next one's are made.
+    """
+    logits = F.linear(hidden, weight, bias).to(exact)
+    losses, sums = _losses_into_gradient(logits, targets)
+    if any(gradient is not None for gradient in into):
+        _spread(logits, sums, hidden, weight, into)
+    return losses.sum()
 
 
 def _losses_into_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
