@@ -1,21 +1,39 @@
-"""tunesmith bench: measure training on this machine, beside other tools."""
+"""tunesmith bench: measure training and serving, beside other tools."""
 
 from __future__ import annotations
 
+import math
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.errors import UserError
 from tunesmith.core.loading import first_load
+
+
+class Endpoint(StrEnum):
+    completions = "completions"
+    chat = "chat"
+
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Measure training on this machine, beside other tools.",
-    epilog="Example: tunesmith bench train --peer plain",
+    help="Measure training and serving, beside other tools.",
+    epilog="Examples: tunesmith bench train --peer plain | tunesmith bench serve http://127.0.0.1:8000",
 )
+
+SERVE_EXAMPLES = """Examples:
+
+tunesmith bench serve runs/orders
+
+tunesmith bench serve http://127.0.0.1:8000 --api-key "$KEY" --concurrency 1,16 --rate 0.5,2
+
+tunesmith bench serve smollm2-135m-instruct --serve-arg=--precision=bf16 --output bf16
+"""
 
 EXAMPLES = """Examples:
 
@@ -29,7 +47,7 @@ tunesmith bench train --data my_rows.json --method full --set train.gradient_che
 
 @app.callback()
 def bench() -> None:
-    """Measure training on this machine, beside other tools."""
+    """Measure training and serving, beside other tools."""
 
 
 @app.command(epilog=EXAMPLES)
@@ -82,3 +100,64 @@ def train(
         print_json(found)
     else:
         typer.echo(found["table"])
+
+
+@app.command(epilog=SERVE_EXAMPLES)
+def serve(
+    target: str = typer.Argument(
+        metavar="URL|RUN|MODEL", help="A server's address, or whatever tunesmith serve takes."
+    ),
+    model: str | None = typer.Option(None, help="Name of the model; default: the server's first."),
+    api_key: str | None = typer.Option(
+        None, envvar="TUNESMITH_API_KEY", show_envvar=True, help="Key of the server at URL."
+    ),
+    endpoint: Endpoint = typer.Option(Endpoint.completions, help="Which of the two is asked."),
+    concurrency: str = typer.Option("1,8,32", help="Closed loop: clients with one request each at a time."),
+    rate: str = typer.Option("", help="Open loop: requests a second at random times, such as 0.5,2."),
+    requests: int = typer.Option(8, min=1, help="Requests of a level, at least two for each client."),
+    new_tokens: int = typer.Option(128, min=1, help="Tokens of every answer."),
+    prompt_tokens: str = typer.Option("60-300", help="Fewest and most tokens of a prompt, about."),
+    ignore_eos: bool = typer.Option(
+        True, help="Ask for answers of full length; not every other server knows the field."
+    ),
+    seed: int = typer.Option(0, help="Seed of prompts and times."),
+    output: Path = typer.Option(Path("bench-serve"), help="Folder for results.json and latency.svg."),
+    serve_arg: list[str] | None = typer.Option(
+        None, help="One more argument for the tunesmith serve that is started; repeatable."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Load on an endpoint: tokens/s, time to the first token and between tokens, by number of clients."""
+    from tunesmith.workflows.bench_serve import LoadOptions, bench_serve
+
+    values: dict[str, Any] = {
+        "target": target, "model": model, "api_key": api_key, "endpoint": endpoint.value,
+        "concurrency": tuple(numbers("--concurrency", concurrency, int)),
+        "rates": tuple(numbers("--rate", rate, float)), "requests": requests, "new_tokens": new_tokens,
+        "prompt_tokens": between("--prompt-tokens", prompt_tokens), "ignore_eos": ignore_eos, "seed": seed,
+        "output": output, "serve_args": tuple(serve_arg or ()),
+    }  # fmt: skip
+    found = bench_serve(LoadOptions(**values))
+    if json:
+        print_json(found)
+    else:
+        typer.echo(found["table"])
+
+
+def numbers(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
+    """Raises UserError for anything but numbers above 0 with commas between them."""
+    try:
+        found = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = [0]
+    if any(not 0 < number < math.inf for number in found):
+        raise UserError(f"{option} {text}: is not a list of numbers above 0", hint="such as 1,8,32")
+    return list(found)
+
+
+def between(option: str, text: str) -> tuple[int, int]:
+    """Raises UserError for anything but two whole numbers, the smaller first."""
+    fewest, _, most = text.partition("-")
+    if not (fewest.isdigit() and most.isdigit() and 0 < int(fewest) <= int(most)):
+        raise UserError(f"{option} {text}: is not a range", hint="such as 60-300")
+    return int(fewest), int(most)

@@ -61,6 +61,7 @@ EXTRA_OF = {
     "pyarrow": "train", "numpy": "train", "tokenizers": "train", "tensorboard": "train",
     "bitsandbytes": "qlora", "deepspeed": "deepspeed", "liger_kernel": "kernels",
     "jupyterlab": "host", "fastapi": "serve", "uvicorn": "serve", "openai": "serve",
+    "llguidance": "serve", "msgpack": "serve", "prometheus_client": "serve",
 }  # fmt: skip
 
 USAGE = """\

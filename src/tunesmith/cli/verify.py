@@ -10,15 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.loading import first_load
 
 if TYPE_CHECKING:
+    from tunesmith.workflows.parity import Parity
     from tunesmith.workflows.verify import Verified
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Prove on your own recipe what is promised.",
-    epilog="Example: tunesmith verify resume recipe.yaml",
+    epilog="Examples: tunesmith verify resume recipe.yaml | tunesmith verify parity runs/orders --url "
+    "http://127.0.0.1:8000",
 )
 
 
@@ -51,6 +54,48 @@ def resume(
     else:
         show(found)
     raise typer.Exit(0 if found.equal else 1)
+
+
+@app.command(
+    epilog="Examples: tunesmith verify parity runs/orders --url http://127.0.0.1:8000 | tunesmith verify "
+    'parity runs/orders --url https://example.org --api-key "$KEY" --rows 32'
+)
+def parity(
+    run: Path = typer.Argument(metavar="RUN", help="The run folder."),
+    url: str = typer.Option(..., help="Address of the endpoint; ours, vLLM's or another."),
+    api_key: str | None = typer.Option(
+        None, envvar="TUNESMITH_API_KEY", show_envvar=True, help="Key that the endpoint asks for."
+    ),
+    model: str | None = typer.Option(None, help="Name of the model there; default: its first."),
+    data: Path | None = typer.Option(None, help="A file of rows; default: rows that the run held out."),
+    rows: int = typer.Option(8, min=1, help="Rows to compare; one more is as long as the run's context."),
+    new_tokens: int = typer.Option(32, min=1, help="Tokens of the greedy answers."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Compare an endpoint with the run that it should serve: token ids, log-probabilities, greedy answers and
+    their ends. Exit code 0 if all are the same, else 1."""
+    with first_load("torch"):
+        from tunesmith.workflows.parity import verify_parity
+
+    found = verify_parity(run, url, api_key=api_key, model=model, data=data, rows=rows, new_tokens=new_tokens)
+    if json:
+        print_json(found.as_dict())
+    else:
+        show_parity(found)
+    raise typer.Exit(0 if found.equal else 1)
+
+
+def show_parity(found: Parity) -> None:
+    console = Console(highlight=False)
+    table = Table("check", "rows", "faults", "", box=None, pad_edge=False)
+    for check, count in found.checked.items():
+        faults = sum(finding.check == check for finding in found.findings)
+        table.add_row(check, str(count), str(faults), found.skipped.get(check, ""))
+    console.print(table)
+    for finding in found.findings:
+        console.print(f"{finding.place}: {finding.why}", soft_wrap=True, markup=False)
+    verdict = "the same as in training" if found.equal else f"{len(found.findings)} differences"
+    console.print(f"{found.model} at {found.url}: {verdict}", soft_wrap=True, markup=False)
 
 
 def show(found: Verified) -> None:

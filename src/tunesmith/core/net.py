@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -207,3 +207,59 @@ def local_status(url: str, *, headers: Mapping[str, str] | None = None, timeout_
         return httpx.get(url, headers=dict(headers or {}), timeout=timeout_s, trust_env=False).status_code
     except httpx.HTTPError:
         return None
+
+
+class EventClient:
+    """A pool of connections to one server, on one event loop, for answers that come as server-sent events.
+
+    api_key: sent as a bearer token. The shell's proxy is not asked: the server is one that the caller named.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+        self._url = url.rstrip("/")
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            trust_env=False,
+        )
+
+    async def post(self, path: str, body: Any) -> Any:
+        """The JSON answer to a JSON body. Raises NetError for anything but a success."""
+        return await self._json("POST", path, body)
+
+    async def get(self, path: str) -> Any:
+        """The JSON answer. Raises NetError for anything but a success."""
+        return await self._json("GET", path, None)
+
+    async def events(self, path: str, body: Any) -> AsyncIterator[str]:
+        """The data of each event of the answer to a JSON body, as text. Raises NetError."""
+        try:
+            async with self._client.stream("POST", self._url + path, json=body) as answer:
+                if answer.status_code >= 400:
+                    raise self._refused(
+                        path, answer.status_code, (await answer.aread()).decode(errors="replace")
+                    )
+                async for line in answer.aiter_lines():
+                    if line.startswith("data:"):
+                        yield line[5:].strip()
+        except httpx.HTTPError as error:
+            raise self._failed(path, error) from None
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _json(self, method: str, path: str, body: Any) -> Any:
+        try:
+            answer = await self._client.request(method, self._url + path, json=body)
+            if answer.status_code >= 400:
+                raise self._refused(path, answer.status_code, answer.text)
+            return answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise self._failed(path, error) from None
+
+    def _refused(self, path: str, status: int, text: str) -> NetError:
+        return NetError(f"{shown(self._url + path)}: HTTP {status}: {text[:500]}", status=status)
+
+    def _failed(self, path: str, error: Exception) -> NetError:
+        return NetError(f"{shown(self._url + path)}: {type(error).__name__}: {error}".rstrip(": "))

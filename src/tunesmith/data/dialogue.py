@@ -33,6 +33,11 @@ class RowError(Exception):
     """What is wrong with a row."""
 
 
+def held_out_below(fraction: float) -> int:
+    """Rows whose digest's first 64 bits are a smaller number are held out."""
+    return int(min(fraction * 2.0**64, 2.0**64 - 2048))
+
+
 @dataclass(frozen=True)
 class Dialogue:
     """One row: messages (and tools), or plain text.
@@ -62,6 +67,10 @@ class Dialogue:
             return hashlib.sha256(_CONTENT.encode(value).encode()).digest()
         except UnicodeEncodeError:
             raise RowError("holds half of a surrogate pair, which is no text") from None
+
+    def is_held_out(self, fraction: float) -> bool:
+        """Whether its content is among the `fraction` of all that `data.eval_fraction` holds out."""
+        return int.from_bytes(self.digest()[:8], "little") < held_out_below(fraction)
 
     def with_system(self, system: str | None) -> Dialogue:
         """The same with a system message, unless it has one."""

@@ -28,6 +28,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.core.paths import sha256_file, sha256_json
 from tunesmith.core.progress import Meter
 from tunesmith.data.counts import FileCounts, totals
+from tunesmith.data.dialogue import held_out_below
 from tunesmith.data.formats import RowShape, no_pairs, only_pairs, shape_of
 from tunesmith.data.readers import BadRow, NumberedRow, RowFile, open_source
 from tunesmith.data.store import MARKS, Pick, Rows, RowWriter, TokenStore, cached_rows
@@ -276,7 +277,7 @@ class _Choice:
 
     def _hashed_out(self) -> NDArray[np.bool_]:
         """Rows held out by their own content: adding other rows changes nothing, equal rows stay together."""
-        return self.digests[:, 0] < np.uint64(min(self.data.eval_fraction * 2.0**64, 2.0**64 - 2048))
+        return self.digests[:, 0] < np.uint64(held_out_below(self.data.eval_fraction))
 
     def _spans(self) -> Iterator[tuple[_Part, slice]]:
         at = 0

@@ -52,10 +52,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that is up: its address, such as http://127.0.0.1:40123, and the key that it asks for."""
+    """A server that is up: its address, such as http://127.0.0.1:40123, the key that it asks for, its pid."""
 
     url: str
     api_key: str
+    pid: int
 
 
 def check_loopback() -> None:
@@ -73,8 +74,8 @@ def check_loopback() -> None:
 
 
 @contextmanager
-def serving(path: str, *, log: Path) -> Iterator[Endpoint]:
-    """Serve `path` on a free port of this machine, with a key of its own.
+def serving(path: str, *, log: Path, args: Sequence[str] = ()) -> Iterator[Endpoint]:
+    """Serve `path` on a free port of this machine, with a key of its own; args: more for the command line.
 
     The server is stopped whatever happens inside, SIGTERM included. Its output goes to the file `log`.
     Raises TunesmithError with the log's last lines when it does not become ready.
@@ -92,6 +93,7 @@ def serving(path: str, *, log: Path) -> Iterator[Endpoint]:
         "--port",
         "0",
         "--json",
+        *args,
     ]
     with _sigterm_raises():
         # The key travels in the environment: everyone on the machine can read a command line.
@@ -99,7 +101,7 @@ def serving(path: str, *, log: Path) -> Iterator[Endpoint]:
         try:
             url = _url(process, log)
             wait_until_ready(f"{url}/ready", alive=lambda: process.poll() is None, timeout_s=START_S)
-            yield Endpoint(url, key)
+            yield Endpoint(url, key, process.pid)
         finally:
             proc.stop(process)
 

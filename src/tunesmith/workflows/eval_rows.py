@@ -12,11 +12,12 @@ import numpy as np
 
 from tunesmith.core.errors import UserError
 from tunesmith.data.dialogue import Dialogue, RowError
-from tunesmith.data.prepare import malformed, peek
+from tunesmith.data.prepare import malformed, peek, system_of
 from tunesmith.data.readers import BadRow, RowFile, open_source
 from tunesmith.model.batch import IGNORE, Batch, join
+from tunesmith.model.messages import Message
 from tunesmith.model.template import encode_dialogue, encode_prompt, encode_text
-from tunesmith.recipe.schema import Source
+from tunesmith.recipe.schema import Data, Source
 
 PLACE = "--data"
 SHOWN_FAULTS = 20
@@ -24,7 +25,10 @@ SHOWN_FAULTS = 20
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One row: token ids with labels for the loss; prompt and expected answer where it ends in one."""
+    """One row: token ids with labels for the loss; prompt and expected answer where it ends in one.
+
+    messages: what was asked before the expected answer, with the tools that the row offers.
+    """
 
     place: str
     ids: list[int]
@@ -32,6 +36,8 @@ class EvalRow:
     question: str = ""
     prompt: list[int] = field(default_factory=list)
     expected: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -75,6 +81,29 @@ def read_rows(
             hint="give rows that have an answer, within the model's context",
         )
     return found
+
+
+def held_out_rows(data: Data, tokenizer: Any, *, count: int, max_length: int) -> list[EvalRow]:
+    """Up to `count` rows with an answer that a run with this `data` has not trained on.
+
+    Where it holds out none, rows that it has trained on. Rows longer than max_length are left out. Raises
+    UserError where the data is not there any more, or has no such row.
+    """
+    fraction = 1.0 if data.eval_sources else data.eval_fraction or 1.0
+    found, place = EvalRows([], "", {"empty": 0, "too_long": 0, "unsupervised": 0}), "data.sources"
+    for source in data.eval_sources or data.sources:
+        for name, dialogue, _ in _dialogues(open_source(source, place), source):
+            if fraction == 1.0 or dialogue.is_held_out(fraction):
+                _add(found, name, dialogue.with_system(system_of(source, data)), tokenizer, max_length)
+            if sum(row.expected is not None for row in found.rows) >= count:
+                break
+    rows = [row for row in found.rows if row.expected is not None][:count]
+    if not rows:
+        raise UserError(
+            f"{place}: no held-out row has an answer: {_skipped_text(found.skipped)}",
+            hint="give rows with --data",
+        )
+    return rows
 
 
 def _in_memory(rows: Sequence[dict[str, Any]]) -> RowFile:
@@ -126,7 +155,16 @@ def _encode(place: str, dialogue: Dialogue, tokenizer: Any) -> EvalRow:
         return EvalRow(place, encoded.ids, encoded.labels)
     prompt = encode_prompt(tokenizer, messages[:-1], dialogue.tools)
     asked = next((m["content"] for m in reversed(messages[:-1]) if m["role"] == "user"), "")
-    return EvalRow(place, encoded.ids, encoded.labels, asked, prompt, last["content"].strip())
+    return EvalRow(
+        place,
+        encoded.ids,
+        encoded.labels,
+        asked,
+        prompt,
+        last["content"].strip(),
+        messages[:-1],
+        dialogue.tools,
+    )
 
 
 def packed(rows: list[EvalRow], max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
