@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from tests.reference.conftest import MODELS, make_model, resolved_recipe
-from tunesmith.core.events import EventLog
+from tunesmith.core.errors import RunFailed
+from tunesmith.core.events import EventLog, read_events
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.model import attention
 from tunesmith.model.adapters import attach_lora
@@ -288,3 +289,13 @@ def test_curve_equals_the_plain_loop(tmp_path: Path, method: str, objective: dic
     found = list(loss_curve(trainer.task.run.events).values())
     assert expected[-1] < expected[0] - 0.01
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_reference_pass_without_memory_says_so_and_ends_the_run(tmp_path: Path) -> None:
+    model = make_model("llama-tied")
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: torch.empty(2**60) and None)
+    trainer = trainer_in(tmp_path, model, Setup(), {"type": "dpo"}, STEPS)
+    with pytest.raises(RunFailed, match="memory ran out in the reference's log-prob") as error:
+        trainer.run()
+    assert "with shorter rows" in str(error.value.hint) or "train.micro_batch_size=" in str(error.value.hint)
+    assert [event["status"] for event in read_events(trainer.task.run.events, "end")] == ["failed"]

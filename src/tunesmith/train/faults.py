@@ -186,6 +186,16 @@ def no_room_for_samples(reason: str) -> RunFailed:
     )
 
 
+def no_room_for_reference(reason: str, recipe: Recipe) -> RunFailed:
+    """The error where memory does not hold a micro-batch of the pass before the first step."""
+    size = recipe.train.micro_batch_size
+    remedy = f"train.micro_batch_size={size // 2}" if isinstance(size, int) and size > 1 else "shorter rows"
+    return RunFailed(
+        f"memory ran out in the reference's log-probabilities, before the first step: {reason}",
+        hint=f"free memory, or give the same command again with {remedy}",
+    )
+
+
 def limits_after(events: Path, step: int) -> dict[int, int]:
     """Step: the limit on tokens from it on, for the steps after `step` in which memory once ran out.
 

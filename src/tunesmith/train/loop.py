@@ -109,7 +109,7 @@ class Trainer:
         self.events.write("speed", **self.speed.as_dict())
         self.engine.model.train()
         self.limits = faults.earlier_limits(self.engine, self.task.run.events, self.state.step)
-        self.objective.prepare(self.engine, self.task.run, begun=self.state.step > 0)
+        self.prepare_objective()
         self.try_longest_batch()
         with StopRequest() as stop, self.progress() as meter:
             began = time.perf_counter() - self.state.train_s
@@ -125,6 +125,13 @@ class Trainer:
                 if asked and self.state.step < self.task.total_steps:
                     raise self.interrupted(asked)
         return self.state
+
+    def prepare_objective(self) -> None:
+        """What the objective needs of the model as it is, before it is trained."""
+        prepare = partial(self.objective.prepare, self.engine, self.task.run, begun=self.state.step > 0)
+        prepared = faults.attempt(prepare)
+        if isinstance(prepared, faults.NoMemory):
+            raise faults.no_room_for_reference(prepared.reason, self.task.recipe)
 
     def agreed(self, signal_number: int | None) -> int | None:
         """The signal that asked any process to stop: all of them stop after the same step."""
