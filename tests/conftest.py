@@ -14,6 +14,7 @@ from xdist.scheduler import LoadGroupScheduling
 from tests import warm
 from tests.docker_daemon import busybox_image, docker_host, python_image, use_docker
 from tests.ssh_server import ssh_server
+from tunesmith.core.paths import cache_dir
 
 __all__ = ["busybox_image", "docker_host", "python_image", "ssh_server", "use_docker"]
 
@@ -21,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest: started first, so that none of them runs alone at the end.
 LONGEST = (
     "test_containers", "test_image", "test_airgap", "test_parallel", "test_methods", "test_train_faults",
-    "test_serve", "test_train", "test_setup", "test_quickstart", "test_preference", "test_lab_files",
+    "test_serve", "test_foreign_clients", "test_engine_exact", "test_parity", "test_serve_process",
+    "test_serve_load", "test_gguf_llamacpp", "test_train", "test_setup", "test_quickstart", "test_preference", "test_lab_files",
     "test_verify", "test_bundle", "test_train_kill", "test_base_install",
 )  # fmt: skip
 
@@ -29,6 +31,8 @@ LONGEST = (
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Compiled once, not by every test that has a cache of its own.
+    os.environ.setdefault("TUNESMITH_KERNELS", str(cache_dir() / "kernels"))
     warm.ENVIRONMENT.update(os.environ)
 
 

@@ -11,6 +11,7 @@ ratios rather than absolute values, and run it on a machine that does nothing el
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import socket
@@ -26,7 +27,7 @@ from typing import Any
 
 from tunesmith.core import proc
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.net import wait_until_ready
+from tunesmith.core.net import EventClient, wait_until_ready
 from tunesmith.core.units import GIB
 from tunesmith.hub.sources import resolve_model
 from tunesmith.workflows.bench_measure import Usage
@@ -133,10 +134,21 @@ def running(system: System, url: str, usage: Usage) -> Iterator[float]:
             stack.enter_context(watched(process.pid, usage))
         try:
             wait_until_ready(url + system.ready, alive=lambda: process.poll() is None, timeout_s=START_S)
+            asyncio.run(wait_for_models(url))
         except TunesmithError:
             print(log.read_text(encoding="utf-8", errors="replace")[-2000:], file=sys.stderr)
             raise
         yield time.perf_counter() - began
+
+
+async def wait_for_models(url: str) -> None:
+    """FastChat's server answers before its worker has said that it is there."""
+    client, end = EventClient(url), time.perf_counter() + START_S
+    try:
+        while not (await client.get("/v1/models")).get("data") and time.perf_counter() < end:
+            await asyncio.sleep(0.1)
+    finally:
+        await client.close()
 
 
 def run_once(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -311,8 +311,8 @@ GOOD_CHAT = {"model": "tiny", "messages": QUESTION}
 GOOD_PLAIN = {"model": "tiny", "prompt": "a"}
 BAD: list[tuple[str, Any, int, str | None, str | None]] = [
     (CHAT, "{bad", 400, None, "invalid_json"),
-    (CHAT, b"\xff\xfe", 400, None, None),
-    (CHAT, "", 400, None, None),
+    (CHAT, b"\xff\xfe", 400, None, "invalid_json"),
+    (CHAT, "", 400, None, "invalid_json"),
     (CHAT, "[]", 400, None, None),
     (CHAT, "null", 400, None, None),
     (CHAT, '"text"', 400, None, None),
@@ -326,14 +326,11 @@ BAD: list[tuple[str, Any, int, str | None, str | None]] = [
     (CHAT, GOOD_CHAT | {"messages": [{"content": "x"}]}, 400, "messages", None),
     (CHAT, GOOD_CHAT | {"messages": [{"role": "user"}]}, 400, "messages", None),
     (CHAT, GOOD_CHAT | {"messages": [{"role": "user", "content": 5}]}, 400, "messages", None),
-    (
-        CHAT,
-        GOOD_CHAT | {"response_format": {"type": "json_object"}},
-        400,
-        "response_format",
-        "unsupported_parameter",
-    ),
-    (CHAT, GOOD_CHAT | {"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
+    (CHAT, GOOD_CHAT | {"response_format": {"type": "xml"}}, 400, "response_format", None),
+    (CHAT, GOOD_CHAT | {"structured_outputs": {"regex": "("}}, 400, "structured_outputs", "invalid_grammar"),
+    (CHAT, GOOD_CHAT | {"tool_choice": "required"}, 400, "tool_choice", None),
+    (CHAT, GOOD_CHAT | {"store": True}, 400, "store", "unsupported_parameter"),
+    (CHAT, GOOD_CHAT | {"temperature": "0.5"}, 400, "temperature", None),
     (CHAT, GOOD_CHAT | {"max_tokens": 0}, 400, "max_tokens", None),
     (CHAT, GOOD_CHAT | {"max_tokens": 10**6}, 400, "max_tokens", "context_length_exceeded"),
     (CHAT, GOOD_CHAT | {"max_completion_tokens": 1024}, 400, "max_tokens", "context_length_exceeded"),
@@ -354,12 +351,14 @@ BAD: list[tuple[str, Any, int, str | None, str | None]] = [
     (PLAIN, GOOD_PLAIN | {"max_tokens": "many"}, 400, "max_tokens", None),
     (PLAIN, GOOD_PLAIN | {"temperature": -1}, 400, "temperature", None),
     (PLAIN, GOOD_PLAIN | {"temperature": "hot"}, 400, "temperature", None),
-    (PLAIN, '{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature", None),
+    (PLAIN, '{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, None, "invalid_json"),
+    (PLAIN, '{"model": "tiny", "prompt": ' + "[" * 9000, 400, None, "invalid_json"),
+    (PLAIN, '{"model": "tiny", "prompt": "\\udc00"}', 400, None, "invalid_json"),
     (PLAIN, GOOD_PLAIN | {"top_p": 0}, 400, "top_p", None),
     (PLAIN, GOOD_PLAIN | {"top_k": -2}, 400, "top_k", None),
     (PLAIN, GOOD_PLAIN | {"n": 0}, 400, "n", None),
     (PLAIN, GOOD_PLAIN | {"n": 10**6}, 400, "n", None),
-    (PLAIN, GOOD_PLAIN | {"best_of": 3}, 400, "best_of", "unsupported_parameter"),
+    (PLAIN, GOOD_PLAIN | {"best_of": 3, "n": 4}, 400, "best_of", None),
     (PLAIN, GOOD_PLAIN | {"suffix": "end"}, 400, "suffix", "unsupported_parameter"),
     (PLAIN, GOOD_PLAIN | {"stop": ["a"] * 17}, 400, None, None),
     (PLAIN, GOOD_PLAIN | {"stop": ""}, 400, None, None),
@@ -373,6 +372,10 @@ BAD: list[tuple[str, Any, int, str | None, str | None]] = [
     (PLAIN, GOOD_PLAIN | {"echo": "perhaps"}, 400, "echo", None),
     ("/tokenize", {}, 400, "messages", None),
     ("/tokenize", {"prompt": "a", "messages": QUESTION}, 400, "messages", None),
+    ("/detokenize", {"tokens": ["a"]}, 400, "tokens[0]", None),
+    ("/v1/embeddings", {"model": "tiny", "input": ""}, 400, "input", None),
+    ("/v1/responses", {"model": "tiny", "input": "a", "store": True}, 400, "store", "unsupported_parameter"),
+    ("/admin/adapters", {"name": "x", "path": "/nothing"}, 400, "path", "adapter_refused"),
     ("/v1/nothing", {}, 404, None, "not_found"),
     ("/v1/models", {}, 405, None, "method_not_allowed"),
 ]
@@ -504,3 +507,9 @@ def test_too_long_a_context_is_refused(tiny: Path, cli: Any) -> None:
     done = cli("serve", tiny, "--port", "0", "--max-length", "5000")
     assert done.returncode == 2
     assert "1024" in done.stderr
+
+
+def test_a_path_that_no_file_system_takes_is_a_bad_request(small: Running) -> None:
+    for path in ("0" * 5000, "no/such/folder", "a\0b"):
+        answer = small.post("/admin/adapters", {"name": "more", "path": path})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "path", answer.text

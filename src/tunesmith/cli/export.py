@@ -1,4 +1,4 @@
-"""tunesmith export: a run as an adapter folder or a merged model folder."""
+"""tunesmith export: a run as an adapter folder, a merged model folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.errors import UserError
 from tunesmith.core.loading import first_load
 from tunesmith.core.units import bytes_text
 
@@ -18,33 +19,56 @@ EXAMPLES = """Examples:
 tunesmith export runs/orders --to merged
 
 tunesmith export runs/orders --to adapter --checkpoint 500 --output my-adapter
+
+tunesmith export runs/orders --to gguf --quant q8_0
 """
 
 
 @app.command(epilog=EXAMPLES)
 def export(
-    run: Path = typer.Argument(help="The run folder."),
-    to: Literal["adapter", "merged"] = typer.Option(
-        help="adapter: peft's two files; merged: a plain transformers model."
+    run: str = typer.Argument(
+        metavar="RUN|MODEL", help="The run folder; for gguf also whatever model.path of a recipe takes."
+    ),
+    to: Literal["adapter", "merged", "gguf"] = typer.Option(
+        help="adapter: peft's two files; merged: a plain transformers model; gguf: one file for llama.cpp, "
+        "with a Modelfile for Ollama."
     ),
     output: Path | None = typer.Option(None, help="New folder to write; default: export/ in the run folder."),
     checkpoint: int | None = typer.Option(None, help="Step of the checkpoint; default: the newest."),
     dtype: Literal["fp32", "bf16", "fp16"] | None = typer.Option(
         None, help="Number format of merged weights; default: the base model's."
     ),
+    quant: str | None = typer.Option(
+        None,
+        metavar="FORMAT",
+        help="Number format of GGUF weights: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with llama.cpp "
+        "installed also q2_k to q6_k, such as q4_k_m. Default: the weights' own.",
+    ),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Write a run's trained weights as a folder that peft or transformers load.
+    """Write a run's trained weights as a folder that peft, transformers, llama.cpp or Ollama load.
 
-    A merged model is read back and compared with the adapter before it gets its name.
+    What is written is read back and compared with the trained model before it gets its name.
     """
     with first_load("torch"):
         from tunesmith.workflows.export import export_run
+        from tunesmith.workflows.export_gguf import export_gguf
 
-    done = export_run(run, to, output=output, checkpoint=checkpoint, dtype=dtype).as_dict()
+    if to == "gguf":
+        _refuse("--dtype", dtype, "the format of GGUF weights is --quant")
+        done = export_gguf(run, quant=quant, output=output, checkpoint=checkpoint).as_dict()
+    else:
+        _refuse("--quant", quant, "only --to gguf has formats of that kind; take --dtype")
+        done = export_run(Path(run), to, output=output, checkpoint=checkpoint, dtype=dtype).as_dict()
     if json:
         print_json(done)
         return
-    typer.echo(f"{to} of step {done['step']}, {done['dtype']}, {bytes_text(done['bytes'])}: {done['folder']}")
+    of = "" if done["step"] is None else f" of step {done['step']}"
+    typer.echo(f"{to}{of}, {done['dtype']}, {bytes_text(done['bytes'])}: {done['folder']}")
     for check in done["checks"]:
         typer.echo(f"  {check['name']}: differ by {check['difference']:.1e}, bound {check['bound']:.1e}")
+
+
+def _refuse(option: str, value: str | None, hint: str) -> None:
+    if value is not None:
+        raise UserError(f"{option} {value}: does not go with this --to", hint=hint)

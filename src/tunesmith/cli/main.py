@@ -52,6 +52,7 @@ COMMANDS = {
     "export": ("tunesmith.cli.export", "Turn a run into an adapter folder or a merged model folder."),
     "chat": ("tunesmith.cli.chat", "Talk to a model or run in the terminal."),
     "serve": ("tunesmith.cli.serve", "Answer over an OpenAI-compatible API."),
+    "keys": ("tunesmith.cli.keys", "Keys of the endpoint, each with its limits: add, list, revoke."),
     "schema": ("tunesmith.cli.schema", "Print the JSON Schema of the recipe."),
 }
 
@@ -62,6 +63,7 @@ EXTRA_OF = {
     "bitsandbytes": "qlora", "deepspeed": "deepspeed", "liger_kernel": "kernels",
     "jupyterlab": "host", "fastapi": "serve", "uvicorn": "serve", "openai": "serve",
     "llguidance": "serve", "msgpack": "serve", "prometheus_client": "serve",
+    "xllamacpp": "llamacpp",
 }  # fmt: skip
 
 USAGE = """\

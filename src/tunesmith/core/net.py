@@ -228,6 +228,16 @@ class EventClient:
         """The JSON answer to a JSON body. Raises NetError for anything but a success."""
         return await self._json("POST", path, body)
 
+    async def post_text(self, path: str, body: Any) -> str:
+        """The answer to a JSON body as text. Raises NetError for anything but a success."""
+        try:
+            answer = await self._client.post(self._url + path, json=body)
+        except httpx.HTTPError as error:
+            raise self._failed(path, error) from None
+        if answer.status_code >= 400:
+            raise self._refused(path, answer.status_code, answer.text)
+        return answer.text
+
     async def get(self, path: str) -> Any:
         """The JSON answer. Raises NetError for anything but a success."""
         return await self._json("GET", path, None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from tunesmith.core.errors import TunesmithError, UserError
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 Process = subprocess.Popen[bytes]
 
@@ -80,6 +85,31 @@ def spawn(
 ) -> Process:
     """Start a program that writes into open files; its errors on this terminal without `errors`."""
     return subprocess.Popen(list(args), env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
+
+
+def start_linked(args: Sequence[str], *, link: int, env: Mapping[str, str] | None = None) -> Process:
+    """Start a program that has the descriptor `link` too; it writes to our stderr and ends when told to.
+
+    In a process group of its own: Ctrl-C on this terminal reaches us alone.
+    """
+    return subprocess.Popen(
+        list(args),
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        pass_fds=(link,),
+        process_group=0,
+    )
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when the thread that started it ends, however that happens.
+
+    parent: its process; when that has ended already, so does this one.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def stop(process: Process, *, grace_s: float = 20.0) -> int:

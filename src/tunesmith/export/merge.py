@@ -56,11 +56,7 @@ def write_merged(
     Returns the checks, all passed: merged against adapter, and the files read back against adapter.
     Raises RunFailed when one does not hold; `folder` must then not be published. `adapted` is used up.
     """
-    reference = probe_logits(adapted, prompts)
-    merged = merge_adapter(adapted)
-    difference = relative_difference(reference, probe_logits(merged, prompts))
-    source = "fp32: the same products added in another order"
-    check = _hold(Check("merged weights against adapter", difference, FP32_BOUND, source))
+    merged, reference, check = merge_checked(adapted, prompts)
     stored = write_plain(
         merged,
         folder,
@@ -70,6 +66,18 @@ def write_merged(
         trust_remote_code=trust_remote_code,
     )
     return [check, stored]
+
+
+def merge_checked(adapted: Any, prompts: Sequence[Sequence[int]]) -> tuple[Any, list[Tensor], Check]:
+    """The fp32 PeftModel `adapted` folded into a plain model, its logits before, and how they compare.
+
+    Raises RunFailed when they differ by more than the order of additions explains. `adapted` is used up.
+    """
+    reference = probe_logits(adapted, prompts)
+    merged = merge_adapter(adapted)
+    difference = relative_difference(reference, probe_logits(merged, prompts))
+    source = "fp32: the same products added in another order"
+    return merged, reference, _hold(Check("merged weights against adapter", difference, FP32_BOUND, source))
 
 
 def write_plain(

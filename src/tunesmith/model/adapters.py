@@ -165,7 +165,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> PeftMo
     every tensor must be there, none may be left over, and all shapes must agree.
     """
     config = read_config(folder)
-    found = tensor_shapes(_weights_file(folder))
+    found = tensor_shapes(weights_file(folder))
     config.inference_mode = not trainable
     grow(model, rows_of_adapter(config, found, model))
     try:
@@ -183,7 +183,7 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False) -> PeftMo
 
 def set_adapter(model: PeftModel, tensors: Mapping[str, Tensor]) -> str | None:
     """Put an adapter's tensors, as `save_adapter` names them, into `model`; what does not fit, or None."""
-    fault = _difference({name: tuple(t.shape) for name, t in tensors.items()}, _shapes(model))
+    fault = difference({name: tuple(t.shape) for name, t in tensors.items()}, _shapes(model))
     if fault is None:
         set_peft_model_state_dict(model, dict(tensors))
     return fault
@@ -201,7 +201,8 @@ def read_config(folder: Path) -> LoraConfig:
         raise UserError(f"{folder / CONFIG}: {error}", hint="was it written by a newer peft?") from None
 
 
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
+    """The adapter's safetensors file. Raises UserError when there is none, or pickles in its place."""
     path = folder / WEIGHTS
     if not path.is_file():
         refuse_pickles(folder)
@@ -210,7 +211,7 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _check_fit(folder: Path, wrapped: PeftModel, found: dict[str, tuple[int, ...]]) -> None:
-    fault = _difference(found, _shapes(wrapped))
+    fault = difference(found, _shapes(wrapped))
     if fault:
         raise _misfit(folder, wrapped, fault)
 
@@ -225,7 +226,7 @@ def _shapes(wrapped: PeftModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in adapter_tensors(wrapped).items()}
 
 
-def _difference(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str | None:
+def difference(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> str | None:
     """In what an adapter's tensors are not those that the model wants."""
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing:

@@ -1,270 +1,290 @@
-"""The keys and values of running sequences, and attention over them for one flat stream of new tokens.
+"""The memory of a paged key/value cache, and attention over it for one flat stream of new tokens.
 
-Sequences lie in pools of slots, a pool for each power of two of tokens: a sequence moves to the next pool
-when it outgrows its own. So memory is at most about twice what is used, and one attention call serves all
-sequences of similar length with little padding. In a pool the used slots are always 0 … n-1.
+`pages` and `scheduler` decide which sequence has which pages; here are the tensors. Sequences that bring one
+token each (decoding) are attended together, by a kernel that reads the pages where they lie or, where there
+is none, by copies of similar length; a sequence that brings more (a chunk of its prompt) by itself.
 
-Shapes: T new tokens of all sequences, H query heads, Hkv key heads, G = H / Hkv, Dh head size, S slots,
-L tokens of a slot.
+Shapes: T new tokens of R sequences, H query heads, Hkv key heads, G = H / Hkv, Dh head size, P pages,
+L tokens of the longest sequence of a group.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-SMALLEST_POOL = 512
+from tunesmith.core.errors import UserError
+from tunesmith.model.cpu_kernels import Kernels
+from tunesmith.model.pages import EMPTY_PAGE, PAGE, pages_for
+
+# Linux: promise no memory for what may never be touched.
+MAP_NORESERVE = 0x4000
+DEFAULT_BYTES = 1 << 30
 
 
-@dataclass(eq=False, slots=True)
-class Slot:
-    """A sequence's place: slot `index` of `pool`, with `length` tokens in it."""
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` new tokens of a sequence that has `start` in the cache already; `pages` have room for all."""
 
-    pool: Pool
-    index: int
-    length: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class Pool:
-    """Slots of `size` tokens each; `buffers[layer]` holds keys and values [S, L, Hkv, Dh]."""
-
-    size: int
-    slots: list[Slot] = field(default_factory=list)
-    buffers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def at(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's buffers with room for every slot, like `k` and `v` [1, Hkv, T, Dh] in kind."""
-        found = self.buffers.get(layer)
-        if found is None or found[0].shape[0] < len(self.slots):
-            found = self.buffers[layer] = (self._grown(found, 0, k), self._grown(found, 1, v))
-        return found
-
-    def _grown(self, old: tuple[Tensor, Tensor] | None, which: int, like: Tensor) -> Tensor:
-        num_slots = 1 << (len(self.slots) - 1).bit_length()
-        # Zeros, not empty memory: a masked position has weight 0, but 0 times a stray NaN is NaN.
-        new = like.new_zeros(num_slots, self.size, like.shape[1], like.shape[3])
-        if old is not None:
-            new[: old[which].shape[0]] = old[which]
-        return new
+    pages: Sequence[int]
+    start: int
+    count: int
 
 
 class KVCache:
-    """Slots for sequences of up to `max_length` tokens. Layers and head sizes are learnt from the tensors."""
+    """Keys and values of `num_pages` pages and of page 0, which is never written.
 
-    def __init__(self, max_length: int) -> None:
-        self.max_length = max_length
-        self.pools: dict[int, Pool] = {}
-
-    def open(self, num_tokens: int) -> Slot:
-        """A new slot with room for `num_tokens`."""
-        return self._place(self._pool(num_tokens))
-
-    def reserve(self, slot: Slot, num_tokens: int) -> None:
-        """Make room for `num_tokens` in all, moving the sequence to a larger pool when it needs one."""
-        if num_tokens <= slot.pool.size:
-            return
-        old = Slot(slot.pool, slot.index, slot.length)
-        old.pool.slots[old.index] = old
-        new = self._place(self._pool(num_tokens))
-        for layer, (k, v) in old.pool.buffers.items():
-            row_k, row_v = k[None, old.index].transpose(1, 2), v[None, old.index].transpose(1, 2)
-            new_k, new_v = new.pool.at(layer, row_k, row_v)
-            new_k[new.index, : slot.length] = k[old.index, : slot.length]
-            new_v[new.index, : slot.length] = v[old.index, : slot.length]
-        slot.pool, slot.index = new.pool, new.index
-        slot.pool.slots[slot.index] = slot
-        self.close(old)
-
-    def close(self, slot: Slot, *, wipe: bool = False) -> None:
-        """Free a slot; the pool's last sequence takes its place. `wipe`: it may hold NaN or infinity."""
-        pool, last = slot.pool, slot.pool.slots.pop()
-        for buffers in pool.buffers.values():
-            for buffer in buffers:
-                if wipe:
-                    buffer[slot.index].zero_()
-                if last is not slot and last.length:
-                    buffer[slot.index, : last.length] = buffer[last.index, : last.length]
-        if last is not slot:
-            last.index = slot.index
-            pool.slots[last.index] = last
-
-    def _pool(self, num_tokens: int) -> Pool:
-        size = min(max(SMALLEST_POOL, 1 << (num_tokens - 1).bit_length()), -(-self.max_length // 8) * 8)
-        return self.pools.setdefault(size, Pool(size))
-
-    @staticmethod
-    def _place(pool: Pool) -> Slot:
-        slot = Slot(pool, len(pool.slots))
-        pool.slots.append(slot)
-        return slot
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """Where a pool's new tokens go: rows `to` of its buffers seen as [S * L, Hkv, Dh]. `rows` None: all."""
-
-    pool: Pool
-    rows: Tensor | None
-    to: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Decode:
-    """One new token each for some slots of a pool. `slots` None: all of them, in order."""
-
-    pool: Pool
-    first: int
-    count: int
-    slots: Tensor | None
-    length: int
-    mask: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    """Several new tokens of one slot: tokens first … first + count - 1 of the stream."""
-
-    slot: Slot
-    first: int
-    count: int
-    mask: Tensor | None
-
-
-class CacheLayout:
-    """Attention for one forward pass: each of `chunks` is a slot and how many new tokens it brings.
-
-    The stream holds the chunks' tokens in this order. Chunks of one token of the same pool should stand
-    together, by slot index: they become one attention call. `advance()` after the pass.
+    Layers and head sizes are learnt from the tensors that come. On a CPU, memory is taken from the system
+    as pages are first written. kernels: what attends over pages where they lie, None for torch's operations.
+    dtype: what keys and values are rounded to; None: they stay as they come.
     """
 
     def __init__(
-        self, chunks: Sequence[tuple[Slot, int]], *, dtype: torch.dtype, device: torch.device
+        self, num_pages: int, kernels: Kernels | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        self._chunks, self._dtype, self._device = chunks, dtype, device
-        self._positions: list[int] = []
-        self._decodes: list[_Decode] = []
-        self._prefills: list[_Prefill] = []
-        runs: list[tuple[Pool, int, list[Slot]]] = []
-        for slot, count in chunks:
-            first = len(self._positions)
-            self._positions += range(slot.length, slot.length + count)
-            if count > 1:
-                self._prefills.append(_Prefill(slot, first, count, self._causal(slot.length, count)))
-            elif runs and runs[-1][0] is slot.pool and runs[-1][1] + len(runs[-1][2]) == first:
-                runs[-1][2].append(slot)
-            else:
-                runs.append((slot.pool, first, [slot]))
-        self._decodes = [self._decode(*run) for run in runs]
-        self._writes = self._plan_writes()
+        self.num_pages = num_pages
+        self.kernels = kernels
+        self.dtype = dtype
+        self._copies: dict[int, Tensor] = {}
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def positions(self) -> Tensor:
-        """[T] int64: each new token's position in its sequence."""
-        return torch.tensor(self._positions, device=self._device)
+    def at(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k_pages and v_pages [P, PAGE, Hkv, Dh] of a layer, like `k` and `v` [1, Hkv, T, Dh] in kind."""
+        found = self._buffers.get(layer)
+        if found is None:
+            found = self._buffers[layer] = (self._new(k), self._new(v))
+        return found
+
+    def copied(self, which: int, pages: Tensor, chosen: Tensor) -> Tensor:
+        """A copy of the `chosen` pages, in memory that the next call with the same `which` uses again."""
+        num_values = len(chosen) * pages[0].numel()
+        found = self._copies.get(which)
+        if found is None or found.numel() < num_values:
+            found = self._copies[which] = pages.new_empty(num_values)
+        out = found[:num_values].view(-1, *pages.shape[1:])
+        return torch.index_select(pages, 0, chosen, out=out)
+
+    def _new(self, like: Tensor) -> Tensor:
+        """Zeros: what a masked position holds has weight 0, but 0 times a stray NaN is NaN."""
+        shape = (self.num_pages + 1, PAGE, like.shape[1], like.shape[3])
+        dtype = self.dtype or like.dtype
+        try:
+            if like.device.type != "cpu":
+                return like.new_zeros(shape, dtype=dtype)
+            num_bytes = math.prod(shape) * dtype.itemsize
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=dtype).view(shape)
+        except (OSError, torch.cuda.OutOfMemoryError) as error:
+            raise UserError(
+                f"a cache of {self.num_pages * PAGE} tokens does not fit this machine's memory: {error}",
+                hint="give the cache fewer tokens",
+            ) from None
+
+
+def default_cache_tokens(model: nn.Module, dtype: torch.dtype, wanted: int, least: int) -> int:
+    """`wanted` tokens, or as many as take DEFAULT_BYTES; in any case the `least` that one sequence needs."""
+    config: Any = cast(Any, model).config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    num_bytes = 2 * config.num_hidden_layers * key_heads * size * dtype.itemsize
+    return max(least, min(wanted, DEFAULT_BYTES // num_bytes))
+
+
+class CacheLayout:
+    """Attention for one forward pass over the tokens of `chunks`, end to end; those of one token come first.
+
+    positions [T] int64: each new token's place in its sequence. slots [T] int64: page * PAGE + offset where
+    its key and value go. tables [R, most pages] int32: each sequence's pages, filled up with the empty page.
+    lengths [R] int32: each sequence's tokens, the new ones included. first_row [R + 1] int32: sequence r
+    brings rows first_row[r] to first_row[r + 1] - 1 of the stream. num_single: how many bring one token.
+    """
+
+    def __init__(
+        self, cache: KVCache, chunks: Sequence[Chunk], *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._cache, self._dtype, self._device = cache, dtype, device
+        counts = [chunk.count for chunk in chunks]
+        self.num_single = sum(count == 1 for count in counts)
+        assert all(count == 1 for count in counts[: self.num_single]), "chunks of one token come first"
+        self._ends = [chunk.start + chunk.count for chunk in chunks]
+        self._tables = _tables(chunks)
+        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
+        owners = np.repeat(np.arange(len(chunks)), counts)
+        slots = _slots(self._tables[owners, positions // PAGE], positions)
+        self._first_row = [0, *accumulate(counts)]
+        self.positions = self._tensor(positions)
+        self.slots = self._tensor(slots)
+        self.tables = self._tensor(self._tables)
+        self.lengths = self._tensor(np.asarray(self._ends, dtype=np.int32))
+        self.first_row = self._tensor(np.asarray(self._first_row, dtype=np.int32))
+        self._groups: list[_Group] | None = None
+        self._prompts = [
+            self._prompt(row, chunk) for row, chunk in enumerate(chunks) if row >= self.num_single
+        ]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Store k, v [1, Hkv, T, Dh]; q [1, H, T, Dh] sees its own sequence up to itself. [1, T, H, Dh]."""
-        k_T, v_T = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        for write in self._writes:
-            for buffer, new in zip(write.pool.at(layer, k, v), (k_T, v_T), strict=True):
-                flat = buffer.view(-1, *buffer.shape[2:])
-                flat.index_copy_(0, write.to, new if write.rows is None else new[write.rows])
-        if len(self._decodes) == 1 and not self._prefills:
-            return self._attend_decode(self._decodes[0], layer, q, scale)[None]
+        k_pages, v_pages = self._store(layer, k, v)
+        if not self._prompts:
+            return self._attend_single(q, k_pages, v_pages, scale)[None]
         out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
-        for part in self._decodes:
-            out[0, part.first : part.first + part.count] = self._attend_decode(part, layer, q, scale)
-        for chunk in self._prefills:
-            out[0, chunk.first : chunk.first + chunk.count] = self._attend_prefill(chunk, layer, q, scale)
+        if self.num_single:
+            out[0, : self.num_single] = self._attend_single(q, k_pages, v_pages, scale)
+        for prompt in self._prompts:
+            rows = slice(prompt.first, prompt.first + prompt.count)
+            keys = self._seen_by(prompt, 0, k[:, :, rows], k_pages).to(q.dtype)
+            values = self._seen_by(prompt, 1, v[:, :, rows], v_pages).to(q.dtype)
+            out[0, rows] = _attend_prompt(q[:, :, rows], keys, values, prompt.mask, scale)
         return out
 
-    def advance(self) -> None:
-        """Count the new tokens as part of their sequences."""
-        for slot, count in self._chunks:
-            slot.length += count
+    def _seen_by(self, prompt: _Prompt, which: int, new: Tensor, pages: Tensor) -> Tensor:
+        """[1, Hkv, end, Dh]: the keys or values of all of a sequence's tokens, `new` its newest."""
+        if prompt.pages is None:
+            # Rounded as the cache has them, so that it does not matter how a prompt was cut.
+            return new.to(pages.dtype)
+        copy = self._cache.copied(which, pages, prompt.pages).flatten(0, 1)
+        return copy[None, : prompt.end].transpose(1, 2)
 
-    @staticmethod
-    def _attend_decode(part: _Decode, layer: int, q: Tensor, scale: float) -> Tensor:
-        """[count, H, Dh]. A key head's G query heads lie along the query axis, so that no key is repeated."""
-        k, v = part.pool.buffers[layer]
-        num_slots = len(part.pool.slots)
-        rows = q[0, :, part.first : part.first + part.count].transpose(0, 1)
-        if part.slots is not None:
-            spread = rows.new_zeros(num_slots, *rows.shape[1:])
-            rows = spread.index_copy_(0, part.slots, rows)
-        grouped = rows.reshape(num_slots, k.shape[2], -1, rows.shape[2])
-        out = scaled_dot_product_attention(
-            grouped,
-            k[:num_slots, : part.length].transpose(1, 2),
-            v[:num_slots, : part.length].transpose(1, 2),
-            attn_mask=part.mask,
-            scale=scale,
-        ).reshape(num_slots, rows.shape[1], -1)
-        return out if part.slots is None else out[part.slots]
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values; the layer's k_pages and v_pages."""
+        k_pages, v_pages = self._cache.at(layer, k, v)
+        k_T, v_T = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        kernels = self._cache.kernels
+        if kernels is not None and k_pages.shape == v_pages.shape:
+            kernels.write_pages(k_T, v_T, k_pages, v_pages, self.slots)
+        else:
+            for pages, new in ((k_pages, k_T), (v_pages, v_T)):
+                pages.view(-1, *pages.shape[2:]).index_copy_(0, self.slots, new.to(pages.dtype))
+        return k_pages, v_pages
 
-    @staticmethod
-    def _attend_prefill(chunk: _Prefill, layer: int, q: Tensor, scale: float) -> Tensor:
-        """[count, H, Dh]."""
-        k, v = chunk.slot.pool.buffers[layer]
-        end = chunk.slot.length + chunk.count
-        out = scaled_dot_product_attention(
-            q[:, :, chunk.first : chunk.first + chunk.count],
-            k[None, chunk.slot.index, :end].transpose(1, 2),
-            v[None, chunk.slot.index, :end].transpose(1, 2),
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[2],
+    def _attend_single(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> Tensor:
+        """[num_single, H, Dh]."""
+        rows = q[0, :, : self.num_single].transpose(0, 1)
+        kernels = self._cache.kernels
+        if kernels is not None and k_pages.shape == v_pages.shape:
+            tables, lengths = self.tables[: self.num_single], self.lengths[: self.num_single]
+            return kernels.paged_attention(rows, k_pages, v_pages, tables, lengths, scale)
+        if self._groups is None:
+            self._groups = self._grouped()
+        if len(self._groups) == 1:
+            return self._attend_group(rows, self._groups[0], k_pages, v_pages, scale)
+        out = rows.new_empty(*rows.shape[:2], v_pages.shape[3])
+        for group in self._groups:
+            out[group.rows] = self._attend_group(rows[group.rows], group, k_pages, v_pages, scale)
+        return out
+
+    def _attend_group(
+        self, rows: Tensor, group: _Group, k_pages: Tensor, v_pages: Tensor, scale: float
+    ) -> Tensor:
+        """[n, H, Dh]. A key head's G query heads lie along the query axis, so that no key is repeated."""
+        count, heads, size = rows.shape
+        copies = []
+        for which, pages in enumerate((k_pages, v_pages)):
+            copy = self._cache.copied(which, pages, group.pages).view(-1, *pages.shape[2:])
+            if group.mask is not None:
+                copy.index_fill_(0, group.beyond, 0.0)
+            copy = copy.view(count, -1, *pages.shape[2:])[:, : group.length]
+            copies.append(copy.transpose(1, 2).to(rows.dtype))
+        grouped = rows.reshape(count, k_pages.shape[2], -1, size)
+        k, v = copies
+        out = scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask, scale=scale)
+        return out.reshape(count, heads, -1)
+
+    def _grouped(self) -> list[_Group]:
+        """Sequences of one new token, in groups of similar length: each is padded to its longest."""
+        order = sorted(range(self.num_single), key=lambda row: self._ends[row])
+        groups: list[list[int]] = []
+        for row in order:
+            if groups and self._ends[row] <= self._ends[groups[-1][0]] * 5 // 4 + 4 * PAGE:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        if len(groups) == 1:
+            groups = [list(range(self.num_single))]
+        return [self._group(rows) for rows in groups]
+
+    def _group(self, rows: list[int]) -> _Group:
+        ends = np.asarray([self._ends[row] for row in rows])
+        pages = self._tables[rows, : pages_for(int(ends.max()))]
+        seen = np.arange(pages.shape[1] * PAGE) < ends[:, None]
+        # Of the pages copied, what lies beyond a sequence's own tokens may be NaN: 0 times NaN is NaN.
+        beyond = np.flatnonzero(~seen & np.repeat(pages != EMPTY_PAGE, PAGE, axis=1))
+        return _Group(
+            self._tensor(np.asarray(rows)),
+            self._tensor(pages.reshape(-1)),
+            self._tensor(beyond),
+            None if len(rows) == 1 else self._additive(self._tensor(seen))[:, None, None],
+            int(ends[0]) if len(rows) == 1 else seen.shape[1],
         )
-        return out[0].transpose(0, 1)
 
-    def _causal(self, start: int, count: int) -> Tensor | None:
-        """Mask [count, start + count] of tokens that follow `start` others; None when none precede."""
-        if start == 0:
-            return None
-        seen = torch.ones(count, start + count, dtype=torch.bool, device=self._device).tril_(start)
-        return self._additive(seen)
-
-    def _decode(self, pool: Pool, first: int, slots: list[Slot]) -> _Decode:
-        lengths = [1] * len(pool.slots)
-        for slot in slots:
-            lengths[slot.index] = slot.length + 1
-        # A multiple of 8, which CUDA's kernels want of a mask's rows.
-        longest = min(-(-max(lengths) // 8) * 8, pool.size)
-        ends = torch.tensor(lengths, device=self._device)[:, None, None, None]
-        mask = self._additive(torch.arange(longest, device=self._device) < ends)
-        indices = [slot.index for slot in slots]
-        dense = indices == list(range(len(pool.slots)))
-        where = None if dense else torch.tensor(indices, device=self._device)
-        return _Decode(pool, first, len(slots), where, longest, mask)
+    def _prompt(self, row: int, chunk: Chunk) -> _Prompt:
+        first, end = self._first_row[row], self._ends[row]
+        if chunk.start == 0:
+            return _Prompt(first, chunk.count, end, None, None)
+        seen = torch.ones(chunk.count, end, dtype=torch.bool, device=self._device).tril_(chunk.start)
+        pages = self._tensor(self._tables[row, : pages_for(end)])
+        return _Prompt(first, chunk.count, end, pages, self._additive(seen))
 
     def _additive(self, seen: Tensor) -> Tensor:
         mask = torch.zeros(seen.shape, dtype=self._dtype, device=self._device)
         return mask.masked_fill_(~seen, float("-inf"))
 
-    def _plan_writes(self) -> list[_Write]:
-        rows: dict[int, list[int]] = defaultdict(list)
-        targets: dict[int, list[int]] = defaultdict(list)
-        pools: dict[int, Pool] = {}
-        first = 0
-        for slot, count in self._chunks:
-            size = slot.pool.size
-            pools[size] = slot.pool
-            rows[size] += range(first, first + count)
-            start = slot.index * size + slot.length
-            targets[size] += range(start, start + count)
-            first += count
-        everything = len(pools) == 1
-        return [
-            _Write(pool, None if everything else self._index(rows[size]), self._index(targets[size]))
-            for size, pool in pools.items()
-        ]
+    def _tensor(self, values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self._device)
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences attended in one call, each padded to the most pages; a single one is not padded.
+
+    pages [n * most pages]: their pages one after the other; beyond: which tokens of these are not theirs;
+    mask [n, 1, 1, L], additive; length: L.
+    """
+
+    rows: Tensor
+    pages: Tensor
+    beyond: Tensor
+    mask: Tensor | None
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """Rows first to first + count - 1: the last of a sequence's `end` tokens. pages: None: they are all."""
+
+    first: int
+    count: int
+    end: int
+    pages: Tensor | None
+    mask: Tensor | None
+
+
+def _tables(chunks: Sequence[Chunk]) -> NDArray[np.int32]:
+    counts = [pages_for(chunk.start + chunk.count) for chunk in chunks]
+    tables = np.zeros((len(chunks), max(counts)), dtype=np.int32)
+    for row, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
+        tables[row, :count] = chunk.pages[:count]
+    return tables
+
+
+def _slots(pages: NDArray[np.int32], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    return pages.astype(np.int64) * PAGE + positions % PAGE
+
+
+def _attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [1, H, n, Dh], k and v [1, Hkv, m, Dh] -> [n, H, Dh]."""
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)

@@ -2,74 +2,75 @@
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
-from typing import Any
+import asyncio
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tunesmith import __version__
-from tunesmith.serve import sse
-from tunesmith.serve.engine import AnswerStream, Engine
-from tunesmith.serve.errors import ApiError, as_api_error, install_handlers
-from tunesmith.serve.jobs import Job, ServedModel, chat_job, check_model, completion_job, tokenize
-from tunesmith.serve.schema import ChatRequest, CompletionRequest, Sampled, TokenizeRequest
-from tunesmith.serve.shapes import ChatShape, CompletionShape, Shape
-from tunesmith.serve.text import Piece
+from tunesmith.serve.admin import admin_router
+from tunesmith.serve.answering import answer
+from tunesmith.serve.embeddings import embed
+from tunesmith.serve.gateway import Gateway, OpenAdapter, OpenedAdapter
+from tunesmith.serve.handlers import install_handlers
+from tunesmith.serve.jobs import ServedModel, chat_job, completion_job, detokenize, tokenize
+from tunesmith.serve.json_body import JsonRoute
+from tunesmith.serve.record import record_of
+from tunesmith.serve.replies import (
+    ERRORS,
+    ChatReply,
+    CompletionReply,
+    DetokenizeReply,
+    EmbeddingReply,
+    HealthReply,
+    ModelCard,
+    ModelList,
+    ReadyReply,
+    ResponseReply,
+    TokenizeReply,
+    json_reply,
+)
+from tunesmith.serve.responses import ResponseShape, response_job
+from tunesmith.serve.responses_input import ResponsesRequest
+from tunesmith.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from tunesmith.serve.shapes import ChatShape, CompletionShape
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-CLIENT_CLOSED = 499
+__all__ = ["Gateway", "OpenAdapter", "OpenedAdapter", "create_app"]
+
+LONG_BODY = 32_768
+"""Bytes of a request above which its prompt is made in another thread: others do not wait for it."""
+B = TypeVar("B")
+T = TypeVar("T")
 
 
-@dataclass
-class Gateway:
-    """What the API serves. Both are None while the model is loading."""
-
-    engine: Engine | None = None
-    model: ServedModel | None = None
-
-    def get(self) -> tuple[Engine, ServedModel]:
-        if self.engine is None or self.model is None:
-            raise ApiError("the model is still loading", status=503, code="model_loading")
-        return self.engine, self.model
-
-
-def create_app(gateway: Gateway, *, api_key: str | None = None) -> ASGIApp:
-    """The application. `api_key`: what clients must send as a bearer token; None: no key is asked for."""
-    app = FastAPI(title="Tunesmith", version=__version__, description="OpenAI-compatible API")
+def create_app(gateway: Gateway) -> FastAPI:
+    """The application, open to everybody who reaches it: `guard` stands before it."""
+    app = FastAPI(
+        title="Tunesmith",
+        version=__version__,
+        description="OpenAI-compatible API",
+        redirect_slashes=False,
+    )
     install_handlers(app)
-    _add_status_routes(app, gateway)
-    _add_model_routes(app, gateway)
-    _add_answer_routes(app, gateway)
-    return RequireKey(app, api_key) if api_key else app
+    for router in (_status_router(gateway), _model_router(gateway), _answer_router(gateway)):
+        app.include_router(router)
+    app.include_router(admin_router(gateway))
+    return app
 
 
-class RequireKey:
-    """Lets a request pass when it carries the key, or asks only for the server's state."""
+def _status_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter(tags=["status"])
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app, self._wanted = app, api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_right(scope):
-            await self._app(scope, receive, send)
-            return
-        error = ApiError(
-            "a correct API key is needed: 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
-        )
-        await error.response(scope, receive, send)
-
-    def _is_right(self, scope: Scope) -> bool:
-        given: bytes = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = given.partition(b" ")
-        return kind.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._wanted)
-
-
-def _add_status_routes(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/health")
+    @router.get("/health", responses=json_reply(HealthReply) | {500: {"model": HealthReply}})
     async def health() -> Response:
         """200 while the process can do its work or is loading the model."""
         status = gateway.engine.status() if gateway.engine else None
@@ -77,113 +78,95 @@ def _add_status_routes(app: FastAPI, gateway: Gateway) -> None:
             return JSONResponse({"status": "failed", "reason": status.failure}, 500)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @router.get("/ready", responses=json_reply(ReadyReply) | {503: {"model": ReadyReply}})
     async def ready() -> Response:
         """200 when the model has been loaded and has generated a token."""
-        if gateway.engine is None or gateway.model is None:
+        if gateway.engine is None or not gateway.models:
             return JSONResponse({"status": "loading"}, 503)
         status = gateway.engine.status()
         text = "ready" if status.ready else ("not ready" if status.alive else "failed")
-        body = {"status": text, "model": gateway.model.name} | asdict(status)
+        body = {"status": text, "model": gateway.default.name} | asdict(status)
         return JSONResponse(body, 200 if status.ready else 503)
 
+    return router
 
-def _add_model_routes(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [gateway.get()[1].card()]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        served = gateway.get()[1]
-        check_model(name, served)
-        return JSONResponse(served.card())
+def _model_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute, tags=["models"], responses=ERRORS)
 
-    @app.post("/tokenize")
-    async def tokenize_route(body: TokenizeRequest) -> Response:
+    @router.get("/v1/models", responses=json_reply(ModelList))
+    async def models(request: Request) -> Response:
+        """The base model and every adapter that the key may use, each with what it is made of."""
+        gateway.ready_engine()
+        cards = [model.card() for model in gateway.models.values() if _may_use(request, model.name)]
+        return JSONResponse({"object": "list", "data": cards})
+
+    @router.get("/v1/models/{name:path}", responses=json_reply(ModelCard))
+    async def model(name: str, request: Request) -> Response:
+        return JSONResponse(_served(gateway, name, request).card())
+
+    @router.post("/tokenize", responses=json_reply(TokenizeReply))
+    async def tokenize_route(body: TokenizeRequest, request: Request) -> Response:
         """The token ids that an endpoint would feed the model."""
-        served = gateway.get()[1]
-        tokens = tokenize(body, served)
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": served.max_length})
+        return JSONResponse(await _made(tokenize, body, _served(gateway, body.model, request), request))
+
+    @router.post("/detokenize", responses=json_reply(DetokenizeReply))
+    async def detokenize_route(body: DetokenizeRequest, request: Request) -> Response:
+        """The text of token ids, special tokens included."""
+        return JSONResponse(await _made(detokenize, body, _served(gateway, body.model, request), request))
+
+    @router.post("/v1/embeddings", responses=json_reply(EmbeddingReply))
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        """Vectors of texts, pooled from a model that was trained to continue them."""
+        engine, served = gateway.ready_engine(), _served(gateway, body.model, request)
+        return JSONResponse(await embed(body, served, engine, record_of(request.scope)))
+
+    return router
 
 
-def _add_answer_routes(app: FastAPI, gateway: Gateway) -> None:
-    @app.post("/v1/completions")
+def _answer_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute, tags=["answers"], responses=ERRORS)
+
+    @router.post("/v1/completions", responses=json_reply(CompletionReply, streamed=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        engine, served = gateway.get()
-        job = completion_job(body, served)
-        return await _answer(
-            body, job, engine, CompletionShape(served, logprobs=body.logprobs is not None), request
-        )
+        """Continue a text, or several."""
+        engine, served = gateway.ready_engine(), _served(gateway, body.model, request)
+        job = await _made(completion_job, body, served, request)
+        shape = CompletionShape(served, logprobs=body.logprobs is not None, usage=body.include_usage)
+        return await answer(job, engine, shape, request, stream=bool(body.stream))
 
-    @app.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=json_reply(ChatReply, streamed=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        engine, served = gateway.get()
-        job = chat_job(body, served)
-        return await _answer(body, job, engine, ChatShape(served, logprobs=bool(body.logprobs)), request)
+        """Answer a conversation, rendered by the model's own template."""
+        engine, served = gateway.ready_engine(), _served(gateway, body.model, request)
+        job = await _made(chat_job, body, served, request)
+        shape = ChatShape(served, logprobs=bool(body.logprobs), usage=body.include_usage)
+        return await answer(job, engine, shape, request, stream=bool(body.stream))
+
+    @router.post("/v1/responses", responses=json_reply(ResponseReply, streamed=True))
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Answer a conversation, told as items. Nothing is stored."""
+        engine, served = gateway.ready_engine(), _served(gateway, body.model, request)
+        job = await _made(response_job, body, served, request)
+        return await answer(job, engine, ResponseShape(body, served), request, stream=bool(body.stream))
+
+    return router
 
 
-async def _answer(body: Sampled, job: Job, engine: Engine, shape: Shape, request: Request) -> Response:
-    stream = engine.submit(job.requests)
-    if body.stream:
-        return sse.EventStream(_chunks(job, stream, shape, usage=body.include_usage), stream.cancel)
-    try:
-        async with sse.when_disconnected(request.receive, stream.cancel):
-            wholes = await _collect(job, stream)
-    finally:
-        stream.cancel()
-    if any(piece.finish_reason is None for piece in wholes):
-        return Response(status_code=CLIENT_CLOSED)
-    choices = [shape.whole(index, piece) for index, piece in enumerate(wholes)]
-    return JSONResponse(shape.envelope(choices, chunk=False) | {"usage": job.usage()})
+def _may_use(request: Request, name: str) -> bool:
+    return record_of(request.scope).may_use(name)
 
 
-async def _collect(job: Job, stream: AnswerStream) -> list[Piece]:
-    """Every choice whole; without a finish_reason where the client left before."""
-    wholes = [Piece() for _ in job.answers]
-    async for batch in _pieces(job, stream):
-        for index, piece in batch:
-            wholes[index].text += piece.text
-            wholes[index].tokens += piece.tokens
-            wholes[index].finish_reason = piece.finish_reason
-    return wholes
+def _served(gateway: Gateway, name: str | None, request: Request) -> ServedModel:
+    """The model that was asked for. Raises ApiError where there is none, or not for this request's key."""
+    record = record_of(request.scope)
+    served = gateway.find(name, record.may_use)
+    record.use(served.name, adapter=served.adapter)
+    return served
 
 
-async def _chunks(job: Job, stream: AnswerStream, shape: Shape, *, usage: bool) -> AsyncIterator[bytes]:
-    """The events of a streamed response."""
-    extra: dict[str, Any] = {"usage": None} if usage else {}
-    opened: set[int] = set()
-    try:
-        async for batch in _pieces(job, stream):
-            events = []
-            for index, piece in batch:
-                if index not in opened and (first := shape.first(index)) is not None:
-                    events.append(first)
-                opened.add(index)
-                if piece.text or piece.tokens or piece.finish_reason:
-                    events.append(shape.part(index, piece))
-            if events:
-                yield b"".join(sse.encode(shape.envelope([e], chunk=True) | extra) for e in events)
-    except Exception as error:
-        yield sse.encode(as_api_error(error).body)
-        return
-    if usage:
-        yield sse.encode(shape.envelope([], chunk=True) | {"usage": job.usage()})
-    yield sse.DONE
-
-
-async def _pieces(job: Job, stream: AnswerStream) -> AsyncIterator[list[tuple[int, Piece]]]:
-    """Final text of the choices as it comes; a choice that met a stop string is ended."""
-    async for batch in stream:
-        pieces = []
-        for index, event in batch:
-            answer = job.answers[index]
-            if answer.finish_reason is not None:
-                continue
-            piece = answer.push(event)
-            if piece.finish_reason == "error":
-                raise ApiError("the model's logits are not finite", status=500, code="not_finite")
-            if piece.finish_reason is not None and event.finish_reason is None:
-                stream.cancel(index)
-            pieces.append((index, piece))
-        yield pieces
+async def _made(make: Callable[[B, ServedModel], T], body: B, served: ServedModel, request: Request) -> T:
+    """`make(body, served)`, which renders, tokenises and compiles, elsewhere when that may take long."""
+    if len(await request.body()) > LONG_BODY or getattr(body, "has_grammar", False):
+        return await asyncio.to_thread(make, body, served)
+    return make(body, served)

@@ -1,7 +1,7 @@
 """The embedded engine: a thread that steps a Generator, and streams that an event loop reads.
 
-The thread owns the generator; the event loop talks to it through a queue of commands, and hears from it
-once a step, with all events of that step together.
+The thread owns the generator; the event loop talks to it through a queue of commands, which it obeys between
+steps, and hears from it once a step, with all events of that step together.
 """
 
 from __future__ import annotations
@@ -11,77 +11,88 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+from tunesmith.core.errors import UserError
 from tunesmith.core.progress import say
+from tunesmith.model.adapter_bank import Adapter, AdapterBank
 from tunesmith.model.generate import Generator, TokenEvent
 from tunesmith.model.sampling import SamplingParams
-from tunesmith.serve.engine import EngineBusy, EngineError, EngineStatus, Prompt
+from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus, Prompt
+from tunesmith.serve.streams import Indexed, QueuedStream
 
 Command = Callable[[], None]
-Indexed = tuple[int, TokenEvent]
 
 
-@dataclass(eq=False)
-class LocalStream:
-    """Events of one submission; read and cancelled on the event loop that submitted it."""
+class LocalStream(QueuedStream):
+    """Knows of its requests the numbers that the generator gave them, and how many are left."""
 
-    engine: LocalEngine
-    loop: asyncio.AbstractEventLoop
-    open: set[int]
-    ids: dict[int, int] = field(default_factory=dict)
-    _arrived: list[Indexed] = field(default_factory=list)
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
-    _failure: str | None = None
+    def __init__(self, engine: LocalEngine, count: int) -> None:
+        super().__init__(count, lambda gone: engine.cancel(self, gone))
+        self.ids: dict[int, int] = {}
+        self.num_left = count
 
-    async def __aiter__(self) -> AsyncIterator[list[Indexed]]:
-        while self.open or self._arrived or self._failure:
-            await self._wake.wait()
-            self._wake.clear()
-            arrived, self._arrived = self._arrived, []
-            if arrived:
-                yield arrived
-            if self._failure:
-                raise EngineError(self._failure)
 
-    def cancel(self, index: int | None = None) -> None:
-        gone = [i for i in (list(self.open) if index is None else [index]) if i in self.open]
-        self.open.difference_update(gone)
-        if gone:
-            self.engine.cancel(self, gone)
-        self._wake.set()
+class _Call:
+    """Something that a coroutine asked of the engine's thread and waits for."""
 
-    def deliver(self, events: list[Indexed]) -> None:
-        for index, event in events:
-            if index in self.open:
-                self._arrived.append((index, event))
-                if event.finish_reason is not None:
-                    self.open.discard(index)
-        self._wake.set()
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Any] = self.loop.create_future()
+
+    def done(self, result: Any) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def refuse(self, error: UserError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
     def fail(self, reason: str) -> None:
-        self._failure = reason
-        self._wake.set()
+        if not self.future.done():
+            self.future.set_exception(EngineError(reason))
+
+
+class _Embedding:
+    """Prompts to embed, one at each turn of the engine's thread."""
+
+    def __init__(self, call: _Call, prompts: Sequence[Prompt], key: str | None) -> None:
+        self.call, self.key, self.num_prompts = call, key, len(prompts)
+        self.prompts: Iterator[Prompt] = iter(prompts)
+        self.found: list[list[float]] = []
 
 
 class LocalEngine:
     """Steps `generator` in a thread of its own.
 
-    max_waiting: most requests in line beyond those computed; more are refused with EngineBusy.
+    Adapters are those of the generator's bank; each loading has a key of its own there, so that requests
+    keep the adapter that they began with when its name gets another. max_waiting: most requests in line
+    beyond those computed; more are refused with EngineBusy.
     """
 
     def __init__(self, generator: Generator, *, max_waiting: int = 1024) -> None:
         self._generator = generator
+        self._bank = generator.bank
         self._max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._streams: dict[int, tuple[LocalStream, int]] = {}
+        # Held while something is put in line, so that nothing is after the thread's end or its adapter's.
+        self._door = threading.Lock()
+        self._keys = {name: name for name in self._bank.names} if self._bank else {}
+        self._asking: set[LocalStream | _Call] = set()
         # Each counter is written by one thread only: the event loop's and the engine's.
         self._submitted = self._taken = 0
-        self._ready = self._closing = self._stopped = False
+        self._ready = self._closing = self._stopped = self._ended = False
         self._failure: str | None = None
         self._finished = self._cancelled = self._generated_tokens = 0
+        # The engine's thread alone knows these: streams by request, keys in use, keys on their way out.
+        self._streams: dict[int, tuple[LocalStream, int]] = {}
+        self._using: dict[int, str] = {}
+        self._embeddings: deque[_Embedding] = deque()
+        self._retiring: dict[str, _Call | None] = {}
         self._thread = threading.Thread(target=self._run, name="tunesmith-engine", daemon=True)
 
     def start(self, warm_up: Prompt) -> None:
@@ -91,31 +102,59 @@ class LocalEngine:
 
     def status(self) -> EngineStatus:
         alive = self._failure is None and not self._stopped and self._thread.is_alive()
+        generator = self._generator
         return EngineStatus(
             alive=alive,
             ready=alive and self._ready and not self._closing,
-            running=self._generator.num_running,
-            waiting=self._generator.num_waiting,
+            running=generator.num_running,
+            waiting=generator.num_waiting,
             finished=self._finished,
             cancelled=self._cancelled,
             generated_tokens=self._generated_tokens,
             failure=self._failure,
+            prompt_tokens=generator.prompt_tokens,
+            cached_tokens=generator.cached_tokens,
+            preempted=generator.preempted,
+            cache_tokens=generator.cache_tokens_used,
+            cache_capacity=generator.cache_capacity,
+            adapters=tuple(self._keys),
         )
 
-    def submit(self, requests: Sequence[tuple[Prompt, SamplingParams]]) -> LocalStream:
-        if self._closing or not self.status().alive:
-            raise EngineError(self._failure or "the server is shutting down")
-        if self._in_line() + len(requests) > self._max_waiting:
-            raise EngineBusy(f"{self._in_line()} requests are waiting already")
-        for prompt, params in requests:
-            self._generator.check(prompt, params)
-        stream = LocalStream(self, asyncio.get_running_loop(), set(range(len(requests))))
-        self._submitted += len(requests)
-        self._commands.put(lambda: self._add(stream, list(requests)))
+    def submit(self, asks: Sequence[Ask]) -> LocalStream:
+        with self._door:
+            self._check_open(len(asks))
+            keys = [self._key(ask.adapter) for ask in asks]
+            for ask, key in zip(asks, keys, strict=True):
+                self._generator.check(ask.prompt, ask.params, key)
+            stream = LocalStream(self, len(asks))
+            self._submitted += len(asks)
+            self._asking.add(stream)
+            self._commands.put(lambda: self._add(stream, list(asks), keys))
         return stream
 
-    def _in_line(self) -> int:
-        return self._generator.num_waiting + self._submitted - self._taken
+    async def embed(self, prompts: Sequence[Prompt], adapter: str | None = None) -> list[list[float]]:
+        with self._door:
+            self._check_open(1)
+            key = self._key(adapter)
+            call = self._call(lambda call: self._embeddings.append(_Embedding(call, prompts, key)))
+        found: list[list[float]] = await call.future
+        return found
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        bank = self._own_bank()
+        adapter = await asyncio.to_thread(bank.read, folder)
+        with self._door:
+            self._check_open(0)
+            call = self._call(lambda call: self._put(name, bank, adapter, call))
+        await call.future
+
+    async def unload_adapter(self, name: str) -> None:
+        with self._door:
+            self._check_open(0)
+            key = self._key(name)
+            del self._keys[name]
+            call = self._call(lambda call: self._retiring.update({str(key): call}))
+        await call.future
 
     def cancel(self, stream: LocalStream, indices: list[int]) -> None:
         """Called by a stream, on its loop."""
@@ -124,28 +163,62 @@ class LocalEngine:
     def close(self, *, grace_s: float) -> None:
         self._closing = True
         end = time.monotonic() + grace_s
-        while (
-            (self._streams or self._submitted > self._taken)
-            and self.status().alive
-            and time.monotonic() < end
-        ):
+        while self._asking and self.status().alive and time.monotonic() < end:
             time.sleep(0.02)
         self._commands.put(self._stop)
         if self._thread.is_alive():
             self._thread.join(10.0)
+
+    def _check_open(self, num_new: int) -> None:
+        if self._closing or self._ended or not self.status().alive:
+            raise EngineError(self._failure or "the server is shutting down")
+        in_line = self._generator.num_waiting + self._submitted - self._taken + len(self._embeddings)
+        if num_new and in_line + num_new > self._max_waiting:
+            raise EngineBusy(f"{in_line} requests are waiting already")
+
+    def _key(self, name: str | None) -> str | None:
+        if name is None:
+            return None
+        if name not in self._keys:
+            loaded = ", ".join(self._keys) or "none"
+            raise UserError(f"no adapter '{name}' is loaded", hint=f"loaded: {loaded}")
+        return self._keys[name]
+
+    def _own_bank(self) -> AdapterBank:
+        if self._bank is None:
+            raise UserError(
+                "this engine takes no adapters: its model was opened to answer alone",
+                hint="serve the base model, and load adapters beside it",
+            )
+        return self._bank
+
+    def _call(self, command: Callable[[_Call], None]) -> _Call:
+        call = _Call()
+        self._asking.add(call)
+        self._commands.put(lambda: command(call))
+        return call
 
     # Everything below runs in the engine's thread.
 
     def _run(self) -> None:
         try:
             while not self._stopped:
-                self._obey(wait=not self._generator.has_work)
-                if self._generator.has_work:
-                    self._publish(self._generator.step())
+                self._turn()
         except BaseException as error:
             self._failure = f"the engine stopped: {type(error).__name__}: {error}"
             say(traceback.format_exc())
+        with self._door:
+            self._ended = True
         self._fail_all(self._failure or "the server is shutting down")
+
+    def _turn(self) -> None:
+        self._obey(wait=not self._generator.has_work and not self._embeddings)
+        if self._embeddings:
+            self._embed_next(self._embeddings[0])
+        if self._generator.has_work:
+            self._publish(self._generator.step())
+        if self._retiring:
+            self._retire()
 
     def _obey(self, *, wait: bool) -> None:
         if wait:
@@ -164,10 +237,12 @@ class LocalEngine:
                 raise EngineError("the model's logits are not finite")
         self._ready = True
 
-    def _add(self, stream: LocalStream, requests: Iterable[tuple[Prompt, SamplingParams]]) -> None:
-        for index, (prompt, params) in enumerate(requests):
-            stream.ids[index] = request_id = self._generator.add(prompt, params)
+    def _add(self, stream: LocalStream, asks: Sequence[Ask], keys: Sequence[str | None]) -> None:
+        for index, (ask, key) in enumerate(zip(asks, keys, strict=True)):
+            stream.ids[index] = request_id = self._generator.add(ask.prompt, ask.params, adapter=key)
             self._streams[request_id] = (stream, index)
+            if key is not None:
+                self._using[request_id] = key
             self._taken += 1
 
     def _cancel(self, stream: LocalStream, indices: list[int]) -> None:
@@ -176,28 +251,76 @@ class LocalEngine:
             if self._streams.pop(request_id, None) is not None:
                 self._generator.cancel(request_id)
                 self._cancelled += 1
+                self._one_less(stream)
+
+    def _embed_next(self, work: _Embedding) -> None:
+        """One prompt, so that running answers wait for no more; nothing for a caller who has gone."""
+        prompt = next(work.prompts, None)
+        try:
+            if prompt is not None and not work.call.future.done():
+                work.found += self._generator.embed([prompt], work.key)
+        except UserError as error:
+            self._embeddings.popleft()
+            self._answer(work.call, partial(work.call.refuse, error))
+            return
+        if len(work.found) == work.num_prompts or prompt is None or work.call.future.done():
+            self._embeddings.popleft()
+            self._answer(work.call, partial(work.call.done, work.found))
+
+    def _put(self, name: str, bank: AdapterBank, adapter: Adapter, call: _Call) -> None:
+        key = name
+        while key in bank.names:
+            key += "+"
+        bank.put(key, adapter)
+        with self._door:
+            before = self._keys.get(name)
+            self._keys[name] = key
+        if before is not None:
+            self._retiring[before] = None
+        self._answer(call, partial(call.done, None))
+
+    def _retire(self) -> None:
+        """Unload the adapters that nobody uses any more."""
+        used = {*self._using.values(), *(work.key for work in self._embeddings)}
+        for key in self._retiring.keys() - used:
+            call = self._retiring.pop(key)
+            self._own_bank().unload(key)
+            if call is not None:
+                self._answer(call, partial(call.done, None))
 
     def _publish(self, events: list[TokenEvent]) -> None:
         """Hand each loop all of its events of a step in one call."""
-        grouped: dict[asyncio.AbstractEventLoop, dict[LocalStream, list[Indexed]]] = {}
+        grouped: dict[asyncio.AbstractEventLoop, dict[LocalStream, list[Indexed]]] = defaultdict(dict)
         for event in events:
             self._generated_tokens += event.token_id is not None
+            if event.finish_reason is not None:
+                self._using.pop(event.request_id, None)
             owner = self._streams.get(event.request_id)
             if owner is None:
                 continue
             stream, index = owner
-            grouped.setdefault(stream.loop, {}).setdefault(stream, []).append((index, event))
+            grouped[stream.loop].setdefault(stream, []).append((index, event))
             if event.finish_reason is not None:
                 del self._streams[event.request_id]
                 self._finished += 1
+                self._one_less(stream)
         for loop, streams in grouped.items():
-            _call(loop, partial(_deliver, streams))
+            _tell(loop, partial(_deliver, streams))
+
+    def _one_less(self, stream: LocalStream) -> None:
+        stream.num_left -= 1
+        if stream.num_left == 0:
+            self._asking.discard(stream)
+
+    def _answer(self, call: _Call, how: Callable[[], None]) -> None:
+        self._asking.discard(call)
+        _tell(call.loop, how)
 
     def _fail_all(self, reason: str) -> None:
-        streams = {stream for stream, _ in self._streams.values()}
+        for asking in list(self._asking):
+            _tell(asking.loop, partial(asking.fail, reason))
+        self._asking.clear()
         self._streams.clear()
-        for stream in streams:
-            _call(stream.loop, partial(stream.fail, reason))
 
     def _stop(self) -> None:
         self._stopped = True
@@ -208,7 +331,7 @@ def _deliver(streams: dict[LocalStream, list[Indexed]]) -> None:
         stream.deliver(events)
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+def _tell(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
     try:
         loop.call_soon_threadsafe(function)
     except RuntimeError:

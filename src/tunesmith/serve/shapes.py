@@ -4,46 +4,96 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tunesmith.serve.jobs import ServedModel
+from tunesmith.serve import sse
+from tunesmith.serve.errors import ApiError
+from tunesmith.serve.jobs import Job, ServedModel
 from tunesmith.serve.text import Detokenizer, Piece, Token
+from tunesmith.serve.tool_calls import CallDelta, whole_calls
 
 Json = dict[str, Any]
 
 
 class Shape(Protocol):
-    """Builds the objects of one response."""
+    """Builds one response: either `whole`, or `begin`, then `feed` for every piece, then `end` or `fail`."""
 
-    def first(self, index: int) -> Json | None:
-        """The choice that opens a stream, where the shape has one."""
+    def whole(self, pieces: Sequence[Piece], job: Job) -> Json: ...
+
+    def begin(self) -> bytes:
+        """The events that open a stream, before anything is known of the answer."""
         ...
 
-    def part(self, index: int, piece: Piece) -> Json:
-        """A choice in a chunk."""
+    def feed(self, index: int, piece: Piece) -> bytes:
+        """The events of what choice `index` says next; empty where there is nothing to tell."""
         ...
 
-    def whole(self, index: int, piece: Piece) -> Json:
-        """A choice in a response that is not streamed."""
-        ...
+    def end(self, job: Job) -> bytes: ...
 
-    def envelope(self, choices: list[Json], *, chunk: bool) -> Json: ...
+    def fail(self, error: ApiError) -> bytes: ...
 
 
-class CompletionShape:
-    def __init__(self, model: ServedModel, *, logprobs: bool) -> None:
+class ChunkShape(ABC):
+    """What completions and chat share: choices in an envelope, and `[DONE]` at a stream's end.
+
+    usage: whether a stream ends with a chunk of the usage.
+    """
+
+    def __init__(self, model: ServedModel, *, prefix: str, logprobs: bool, usage: bool) -> None:
         self._model, self._logprobs = model, logprobs
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
+            "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
+            "model": model.name,
         }
+        self._usage = usage
+        self._extra: Json = {"usage": None} if usage else {}
 
-    def first(self, index: int) -> Json | None:
-        return None
+    kinds: tuple[str, str]
+    """The names of the whole object and of a chunk."""
 
-    def part(self, index: int, piece: Piece) -> Json:
+    @abstractmethod
+    def choice(self, index: int, piece: Piece) -> Json:
+        """A whole choice."""
+
+    @abstractmethod
+    def parts(self, index: int, piece: Piece) -> list[Json]:
+        """A choice in chunks, one after the other."""
+
+    def whole(self, pieces: Sequence[Piece], job: Job) -> Json:
+        choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
+        return self._head | {"object": self.kinds[0], "choices": choices, "usage": job.usage()}
+
+    def begin(self) -> bytes:
+        return b""
+
+    def feed(self, index: int, piece: Piece) -> bytes:
+        return b"".join(self._chunk([part]) for part in self.parts(index, piece))
+
+    def end(self, job: Job) -> bytes:
+        last = self._chunk([], usage=job.usage()) if self._usage else b""
+        return last + sse.DONE
+
+    def fail(self, error: ApiError) -> bytes:
+        return sse.encode(error.body)
+
+    def _chunk(self, choices: list[Json], **extra: Any) -> bytes:
+        chunk = {"object": self.kinds[1], "choices": choices}
+        return sse.encode(self._head | chunk | self._extra | extra)
+
+
+class CompletionShape(ChunkShape):
+    kinds = ("text_completion", "text_completion")
+
+    def __init__(self, model: ServedModel, *, logprobs: bool, usage: bool = False) -> None:
+        super().__init__(model, prefix="cmpl", logprobs=logprobs, usage=usage)
+
+    def parts(self, index: int, piece: Piece) -> list[Json]:
+        return [self.choice(index, piece)] if piece else []
+
+    def choice(self, index: int, piece: Piece) -> Json:
         logprobs = completion_logprobs(piece.tokens, self._model.detokenizer) if self._logprobs else None
         return {
             "index": index,
@@ -52,40 +102,52 @@ class CompletionShape:
             "finish_reason": piece.finish_reason,
         }
 
-    whole = part
 
-    def envelope(self, choices: list[Json], *, chunk: bool) -> Json:
-        return self._head | {"model": self._model.name, "choices": choices}
+class ChatShape(ChunkShape):
+    kinds = ("chat.completion", "chat.completion.chunk")
 
+    def __init__(self, model: ServedModel, *, logprobs: bool, usage: bool = False) -> None:
+        super().__init__(model, prefix="chatcmpl", logprobs=logprobs, usage=usage)
+        self._opened: set[int] = set()
 
-class ChatShape:
-    def __init__(self, model: ServedModel, *, logprobs: bool) -> None:
-        self._model, self._logprobs = model, logprobs
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}"}
-        self._created = int(time.time())
+    def parts(self, index: int, piece: Piece) -> list[Json]:
+        """A stream opens with the role; content and each call's part come in chunks of their own."""
+        first: list[Json] = []
+        if index not in self._opened:
+            self._opened.add(index)
+            first = [self._part(index, {"role": "assistant", "content": ""}, Piece())]
+        deltas: list[Json] = [{"tool_calls": [call_delta(call)]} for call in piece.calls]
+        if piece.text:
+            deltas.insert(0, {"content": piece.text})
+        if not deltas:
+            return first + ([self._part(index, {}, piece)] if piece else [])
+        ends = [Piece()] * (len(deltas) - 1) + [piece]
+        return first + [self._part(index, delta, end) for delta, end in zip(deltas, ends, strict=True)]
 
-    def first(self, index: int) -> Json | None:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def part(self, index: int, piece: Piece) -> Json:
-        delta = {"content": piece.text} if piece.text else {}
-        return {"index": index, "delta": delta} | self._rest(piece)
-
-    def whole(self, index: int, piece: Piece) -> Json:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+    def choice(self, index: int, piece: Piece) -> Json:
+        calls = [call.as_openai() for call in whole_calls(iter(piece.calls))]
+        message: Json = {"role": "assistant", "content": piece.text, "refusal": None}
+        if calls:
+            message |= {"content": piece.text or None, "tool_calls": calls}
         return {"index": index, "message": message} | self._rest(piece)
 
-    def envelope(self, choices: list[Json], *, chunk: bool) -> Json:
-        kind = "chat.completion.chunk" if chunk else "chat.completion"
-        rest = {"object": kind, "created": self._created, "model": self._model.name, "choices": choices}
-        return self._head | rest
+    def _part(self, index: int, delta: Json, piece: Piece) -> Json:
+        return {"index": index, "delta": delta} | self._rest(piece)
 
     def _rest(self, piece: Piece) -> Json:
         logprobs = None
         if self._logprobs:
             logprobs = {"content": chat_logprobs(piece.tokens, self._model.detokenizer), "refusal": None}
         return {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+
+def call_delta(call: CallDelta) -> Json:
+    """A part of a tool call: the first has its id and name, all have some of its arguments."""
+    function: Json = {"arguments": call.arguments}
+    if call.name is None:
+        return {"index": call.index, "function": function}
+    head = {"index": call.index, "id": call.id, "type": "function"}
+    return head | {"function": {"name": call.name} | function}
 
 
 def completion_logprobs(tokens: Sequence[Token], detokenizer: Detokenizer) -> Json:

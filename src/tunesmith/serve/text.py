@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from tunesmith.model.generate import TokenEvent
 from tunesmith.model.sampling import Logprobs
+from tunesmith.serve.tool_calls import CallDelta, ToolParser
 
 UNFINISHED = "\ufffd"
 # A UTF-8 character has at most four bytes: more tokens than that in waiting are no character any more.
@@ -24,6 +25,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
+        self._special = frozenset(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
         self.piece = lru_cache(maxsize=4096)(self._piece)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -34,6 +36,13 @@ class Detokenizer:
                 list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
             )
         )
+
+    def decode_keeping(self, ids: Sequence[int], kept: frozenset[int]) -> str:
+        """The text of ids without special tokens, but with those in `kept`."""
+        if not kept:
+            return self.decode(ids)
+        hidden = self._special - kept
+        return self.decode([i for i in ids if i not in hidden], skip_special=False)
 
     def _piece(self, token_id: int) -> tuple[str, list[int]]:
         """A token's own text and its bytes; the text of half a character is the replacement character."""
@@ -55,10 +64,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TextStream:
-    """Text of a growing list of ids, given out in pieces that join to the text of the whole."""
+    """Text of a growing list of ids, given out in pieces that join to the text of the whole.
 
-    def __init__(self, detokenizer: Detokenizer) -> None:
-        self._detokenizer = detokenizer
+    kept: special tokens that are text here.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, kept: frozenset[int] = frozenset()) -> None:
+        self._decode = partial(detokenizer.decode_keeping, kept=kept)
         # The ids since the last border, and how much text those before `_read` make: a token's text may
         # depend on the one before it (leading spaces), so a border keeps the last piece as context.
         self._ids: list[int] = []
@@ -68,20 +80,20 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that has become final with this token."""
         self._ids.append(token_id)
-        text = self._detokenizer.decode(self._ids)
+        text = self._decode(self._ids)
         if text.endswith(UNFINISHED) and len(self._ids) - self._read < MOST_HELD:
             return ""
         return self._take(text)
 
     def finish(self) -> str:
         """What was held back."""
-        return self._take(self._detokenizer.decode(self._ids)) if self._read < len(self._ids) else ""
+        return self._take(self._decode(self._ids)) if self._read < len(self._ids) else ""
 
     def _take(self, text: str) -> str:
         new = text[len(self._known) :]
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
-        self._known = self._detokenizer.decode(self._ids)
+        self._known = self._decode(self._ids)
         return new
 
 
@@ -129,17 +141,33 @@ class Token:
 
 @dataclass(slots=True)
 class Piece:
-    """Final text, and the tokens that begin in it where log-probabilities were asked for."""
+    """Final text, the tokens that begin in it where log-probabilities were asked for, parts of tool calls.
+
+    False where there is nothing in it to tell.
+    """
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
     finish_reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.tokens or self.calls or self.finish_reason)
+
+    def add(self, more: Piece) -> None:
+        """What comes after it."""
+        self.text += more.text
+        self.tokens += more.tokens
+        self.calls += more.calls
+        self.finish_reason = more.finish_reason
 
 
 class Answer:
     """One answer: its text as it comes, how many tokens it took, and how it ended.
 
-    echo: the prompt's ids and its text, to stand before the answer; None: the answer alone.
+    echo: the prompt's ids and its text, to stand before the answer; None: the answer alone. calls: reads
+    tool calls out of the text; kept: the special tokens that it looks for. `sum_logprob` is that of all
+    tokens where log-probabilities were asked for.
     """
 
     def __init__(
@@ -149,16 +177,25 @@ class Answer:
         stops: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         echo: tuple[Sequence[int], str] | None = None,
+        calls: ToolParser | None = None,
+        kept: frozenset[int] = frozenset(),
     ) -> None:
         self._detokenizer = detokenizer
-        self._stream = TextStream(detokenizer)
+        self._stream = TextStream(detokenizer, kept)
+        self._calls = calls
         self._matcher = StopMatcher(stops)
         self._stop_ids = frozenset(stop_ids)
         self._echo = echo
         self._decoded = self._given = len(echo[1]) if echo else 0
         self._waiting: list[Token] = []
         self.num_tokens = 0
+        self.sum_logprob = 0.0
         self.finish_reason: str | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of a token of the answer; 0 for an empty one."""
+        return self.sum_logprob / max(self.num_tokens, 1)
 
     def push(self, event: TokenEvent) -> Piece:
         """What this event adds. After a stop string `finish_reason` is "stop": cancel the request."""
@@ -173,9 +210,24 @@ class Answer:
         self.finish_reason = "stop" if stopped else event.finish_reason
         self._given += len(text)
         tokens = self._ready(whole=event.finish_reason is not None and not stopped)
-        return Piece(before.text + text, before.tokens + tokens, self.finish_reason)
+        content, calls = self._without_calls(text)
+        return Piece(before.text + content, before.tokens + tokens, calls, self.finish_reason)
+
+    def _without_calls(self, text: str) -> tuple[str, list[CallDelta]]:
+        """(what of the text is content, parts of calls); an answer that ends with calls says so."""
+        if self._calls is None:
+            return text, []
+        deltas = [self._calls.push(text)]
+        if self.finish_reason is not None:
+            deltas.append(self._calls.finish())
+        calls = [call for delta in deltas for call in delta.calls]
+        if self.finish_reason == "stop" and self._calls.num_calls:
+            self.finish_reason = "tool_calls"
+        return "".join(delta.content for delta in deltas), calls
 
     def _decode(self, token_id: int, logprobs: Logprobs | None) -> tuple[str, bool]:
+        if logprobs is not None:
+            self.sum_logprob += logprobs.logprob
         if token_id in self._stop_ids:
             return "", False
         if logprobs is not None:

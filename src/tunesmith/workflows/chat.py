@@ -127,5 +127,5 @@ def open_chat(
 ) -> Chat:
     """Load a model or run and begin a conversation. Raises UserError for whatever does not load."""
     SamplingParams(temperature=temperature, top_p=top_p)
-    opened = open_served(path, adapter=adapter, precision=precision)
+    opened = open_served(path, adapter=adapter, merge=True, precision=precision)
     return Chat(opened, system, temperature, top_p, max_tokens, seed)

@@ -43,37 +43,42 @@ from tunesmith.model.weights import (
 from tunesmith.workflows.open_model import load_weights
 from tunesmith.workflows.run_facts import card_facts, run_recipe
 
-Kind = Literal["adapter", "merged"]
+Kind = Literal["adapter", "merged", "gguf"]
 OTHER_FILES_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A published export; `checks` hold for a merged model, an adapter is copied as trained."""
+    """A published export; `checks` hold for a merged model, an adapter is copied as trained.
+
+    run, step: None for an exported model that no run made. notes: what a user of the files should know.
+    """
 
     kind: Kind
     folder: Path
-    run: Path
-    step: int
+    run: Path | None
+    step: int | None
     dtype: str
     base: str
     checks: list[Check]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "to": self.kind,
             "folder": str(self.folder),
-            "run": str(self.run),
+            "run": str(self.run) if self.run else None,
             "step": self.step,
             "dtype": self.dtype,
             "base": self.base,
             "bytes": sum(path.stat().st_size for path in self.folder.iterdir()),
             "checks": [check.as_dict() for check in self.checks],
+            "notes": list(self.notes),
         }
 
 
 @dataclass(frozen=True)
-class _Job:
+class ExportJob:
     """What is exported: a whole checkpoint of a run, and the verified base it belongs to."""
 
     run: RunFolder
@@ -115,7 +120,7 @@ class _Job:
 
 def export_run(
     run: Path,
-    to: Kind,
+    to: Literal["adapter", "merged"],
     *,
     output: Path | None = None,
     checkpoint: int | None = None,
@@ -128,14 +133,14 @@ def export_run(
     training, or a full run is asked for an adapter; RunFailed when a merged model does not answer as the
     trained one.
     """
-    job = _open_job(open_run(run), checkpoint)
+    job = open_job(open_run(run), checkpoint)
     target = (output or (job.run.adapter if to == "adapter" else job.run.merged)).expanduser().absolute()
     if output is not None:
         check_target(target)
     return _export_adapter(job, target, dtype) if to == "adapter" else _export_merged(job, target, dtype)
 
 
-def _open_job(run: RunFolder, step: int | None) -> _Job:
+def open_job(run: RunFolder, step: int | None) -> ExportJob:
     checkpoint = _checkpoint(run, step)
     base = run_base(run)
     changed = verify_model(read_lock(run.lock), base)
@@ -148,10 +153,10 @@ def _open_job(run: RunFolder, step: int | None) -> _Job:
     folder = own if has_tokenizer(own) else base.tokenizer
     trust = run_recipe(run).model.trust_remote_code
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-    return _Job(run, checkpoint, base, folder, tokenizer, _stop_ids(tokenizer, base.folder), trust)
+    return ExportJob(run, checkpoint, base, folder, tokenizer, stop_ids_of(tokenizer, base.folder), trust)
 
 
-def _stop_ids(tokenizer: Any, base: Path) -> tuple[int, ...]:
+def stop_ids_of(tokenizer: Any, base: Path) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
     known = (base / "generation_config.json").is_file()
@@ -177,7 +182,7 @@ def _checkpoint(run: RunFolder, step: int | None) -> Path:
     return wanted
 
 
-def _export_adapter(job: _Job, target: Path, dtype: str | None) -> ExportResult:
+def _export_adapter(job: ExportJob, target: Path, dtype: str | None) -> ExportResult:
     if job.adapter is None:
         raise UserError(
             f"{job.run.path}: the run trained all weights, so it has no adapter",
@@ -193,7 +198,7 @@ def _export_adapter(job: _Job, target: Path, dtype: str | None) -> ExportResult:
     return ExportResult("adapter", target, job.run.path, job.step, "float32", job.base_name, checks)
 
 
-def _name_base(folder: Path, job: _Job) -> None:
+def _name_base(folder: Path, job: ExportJob) -> None:
     """An adapter trained over a tuned run has that run as its base: the plain model below would be wrong."""
     if job.base.adapter is None:
         return
@@ -203,11 +208,11 @@ def _name_base(folder: Path, job: _Job) -> None:
     )
 
 
-def _export_merged(job: _Job, target: Path, dtype: str | None) -> ExportResult:
+def _export_merged(job: ExportJob, target: Path, dtype: str | None) -> ExportResult:
     wanted = _dtype(dtype, job.base.folder, job.trust_remote_code)
     name = str(wanted).removeprefix("torch.")
-    size = _merged_bytes(job.trained.folder, wanted)
-    prompts = _probes(job)
+    size = merged_bytes(job.trained.folder, wanted)
+    prompts = probes(job)
     with _publish(job, "merged", target, size, name) as (folder, checks):
         say(f"merge and check {job.run.path.name}, step {job.step}, as {name}")
         model = load_weights(
@@ -225,7 +230,7 @@ def _write_full(model: Any, folder: Path, **how: Any) -> list[Check]:
 
 @contextmanager
 def _publish(
-    job: _Job, kind: Kind, target: Path, weight_bytes: int, dtype: str
+    job: ExportJob, kind: Kind, target: Path, weight_bytes: int, dtype: str
 ) -> Iterator[tuple[Path, list[Check]]]:
     """Yield a new folder for the weights; add all other files, then rename it to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,12 +268,12 @@ def _dtype(wanted: str | None, base: Path, trust: bool) -> torch.dtype:
     return DTYPES[wanted]
 
 
-def _merged_bytes(folder: Path, dtype: torch.dtype) -> int:
+def merged_bytes(folder: Path, dtype: torch.dtype) -> int:
     shapes = [shape for path in weight_files(folder) for shape in tensor_shapes(path).values()]
     return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
 
 
-def _probes(job: _Job) -> list[list[int]]:
+def probes(job: ExportJob) -> list[list[int]]:
     """Token ids that the merge is checked on: the recipe's own sample prompts, and fixed ones."""
     texts = [*run_recipe(job.run).samples.prompts, *PROMPTS]
     if not job.tokenizer.chat_template:

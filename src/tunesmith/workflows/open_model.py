@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tunesmith.core.errors import UserError
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
+from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.adapters import load_adapter, merge_adapter
 from tunesmith.model.load import context_length, load_model, load_tokenizer
 from tunesmith.model.weights import is_adapter
@@ -18,7 +20,11 @@ from tunesmith.model.weights import is_adapter
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model ready to answer. `adapter` is the folder of the adapter on top of the base, merged or not."""
+    """A model ready to answer. `adapter` is the folder of the adapter on top of the base, merged or not.
+
+    bank: there when `model` is the plain base, and each request chooses its adapter; `adapters` are those in
+    it, names and folders; `adapter` is then one of them, under the name `name`. weights: how they are stored.
+    """
 
     model: Any
     tokenizer: Any
@@ -26,6 +32,14 @@ class OpenModel:
     files: ModelFiles
     adapter: Path | None
     context_length: int
+    bank: AdapterBank | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    weights: str = ""
+
+    @property
+    def merged(self) -> bool:
+        """True when the adapter is part of `model` and cannot be left out."""
+        return self.adapter is not None and self.bank is None
 
 
 def open_model(
@@ -108,3 +122,24 @@ def with_given_adapter(files: ModelFiles, adapter: str) -> ModelFiles:
             f"--adapter {adapter}: holds no adapter", hint="give the folder with adapter_config.json"
         )
     return files.replacing_adapter(found.adapter, tokenizer=found.tokenizer)
+
+
+def adapter_beside(path: str, base: ModelFiles) -> Path:
+    """The adapter folder that `path` is, or that the run `path` has, to be loaded on `base`.
+
+    Raises UserError when there is none, or the run was trained on other weights than the base's.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"adapter {path}: there is no such folder", hint="check the path")
+    if is_adapter(folder):
+        return folder
+    found = resolve_model(str(folder))
+    if found.adapter is None:
+        raise UserError(f"adapter {path}: holds no adapter", hint="give the folder with adapter_config.json")
+    if found.base_adapters != base.base_adapters:
+        raise UserError(
+            f"adapter {path}: it was trained on another tuned run than the one that is served",
+            hint="serve it by itself",
+        )
+    return found.adapter

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 import os
-import signal
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
-import uvicorn
-
-from tunesmith.core.errors import TunesmithError, UserError
+from tunesmith.core.errors import UserError
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder, is_run
-from tunesmith.model.generate import Generator
-from tunesmith.model.template import stop_token_ids
 from tunesmith.recipe.load import load_recipe
-from tunesmith.recipe.resolve import SERVE_MAX_LENGTH
 from tunesmith.recipe.schema import Serve
 from tunesmith.serve.api import Gateway, create_app
+from tunesmith.serve.bodies import Bounds
+from tunesmith.serve.guard import GuardOptions, guard
 from tunesmith.serve.jobs import ServedModel
-from tunesmith.serve.local_engine import LocalEngine
-from tunesmith.workflows.open_model import OpenModel
-from tunesmith.workflows.open_served import open_served, warm_up_prompt
+from tunesmith.workflows.http_server import Server, check_tls, is_loopback, listen, url_of
+from tunesmith.workflows.open_engine import EngineWants
 from tunesmith.workflows.run_facts import run_recipe
+from tunesmith.workflows.run_proof import PROBE_TOKENS, Probe, probe_answer
+from tunesmith.workflows.served_models import Facts, open_adapter, run_of, served_models
+from tunesmith.workflows.start_engine import StartedEngine
 
-GRACE_S = 5.0
+GRACE_S = 8.0
+"""Docker kills a container ten seconds after it has asked it to end."""
+MIB = 1024**2
+OVER_RECIPE = ("host", "port", "api_key", "max_length", "max_concurrent", "precision", "model_name")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What the caller wants other than the run's recipe or the defaults of its section `serve`."""
+    """What the caller wants other than the run's recipe or the defaults of its section `serve`.
 
-    adapter: str | None = None
+    adapters: NAME=FOLDER for more models beside it, or a bare FOLDER in place of its own adapter. merge: fold
+    the adapter into the weights. engine: whose; in_process: compute in a thread of this process. replicas:
+    engines, each a process. cache_tokens: prompts and answers of all requests that an engine holds together.
+    grace_s: for running requests after SIGTERM. max_waiting: requests in line beyond those computed.
+    """
+
+    adapters: tuple[str, ...] = ()
+    merge: bool = False
     host: str | None = None
     port: int | None = None
     api_key: str | None = None
@@ -47,9 +52,24 @@ class ServeOptions:
     max_concurrent: int | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     model_name: str | None = None
+    weights: Literal["fp32", "bf16", "int8", "nf4"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | Literal["auto"] = "auto"
+    engine: Literal["auto", "local", "vllm", "llamacpp"] = "auto"
+    in_process: bool = False
+    replicas: int = 1
+    cache_tokens: int | None = None
+    max_waiting: int = 1024
+    grace_s: float = GRACE_S
     allow_open: bool = False
+    keys_file: Path | None = None
+    cors_origins: tuple[str, ...] = ()
+    access_log: str | None = None
+    log_prompts: bool = False
+    metrics_open: bool = False
+    bounds: Bounds = field(default_factory=Bounds)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
 
 
 def serve(
@@ -57,17 +77,33 @@ def serve(
 ) -> int | None:
     """Serve until SIGTERM or SIGINT; returns the signal's number after a clean end.
 
-    on_ready is called once, with url, model, max_length, adapter, base, when a token has been generated.
-    Raises UserError for a taken port, an open address without a key, and whatever does not load.
+    on_ready is called once, with url, model, models, max_length and what the model is made of, when a token
+    has been generated and the model is proved to be the run's. Raises UserError for a taken port, an open
+    address without a key, and whatever does not load.
     """
     settings = _settings(path, options)
-    _refuse_open_address(settings, options.allow_open)
-    listener = _listen(settings.host, settings.port)
+    _refuse_open_address(settings, options)
+    tls = check_tls(options.tls_cert, options.tls_key)
+    engine = StartedEngine(
+        engine_wants(path, options, settings),
+        engine=options.engine,
+        in_process=options.in_process,
+        replicas=options.replicas,
+    )
     gateway = Gateway()
-    server = _Server(create_app(gateway, api_key=settings.api_key), gateway)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    loader = _Loader(path, options, settings, gateway, url, on_ready, server)
+    guarded = guard(create_app(gateway), _guard_options(settings, options, engine))
+    listener = listen(settings.host, settings.port)
+    server = Server(
+        guarded,
+        drain=guarded.drain,
+        finish=engine.stop,
+        num_running=lambda: guarded.num_running,
+        abort=engine.abort,
+        grace_s=options.grace_s,
+        bounds=options.bounds,
+        tls=tls,
+    )
+    loader = _Loader(engine, gateway, server, url_of(listener, tls=bool(tls)), on_ready)
     loader.start()
     server.run(sockets=[listener])
     if loader.failure is not None:
@@ -83,162 +119,146 @@ def _settings(path: str, options: ServeOptions) -> Serve:
         run = RunFolder(folder)
         key = load_recipe(run.recipe).serve.api_key  # the resolved recipe has no secrets
         base = run_recipe(run).serve.model_copy(update={"api_key": key})
-    names = ("host", "port", "api_key", "max_length", "max_concurrent", "precision", "model_name")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given = {name: value for name in OVER_RECIPE if (value := getattr(options, name)) is not None}
     settings = base.model_copy(update=given)
     key = settings.api_key or os.environ.get("TUNESMITH_API_KEY") or None
     return settings.model_copy(update={"api_key": key})
 
 
-def _refuse_open_address(settings: Serve, allow_open: bool) -> None:
-    if settings.api_key or allow_open or _is_loopback(settings.host):
+def _refuse_open_address(settings: Serve, options: ServeOptions) -> None:
+    if settings.api_key or options.keys_file or options.allow_open or is_loopback(settings.host):
         return
     raise UserError(
         f"--host {settings.host}: without an API key anyone who reaches this machine could use the model",
-        hint="give --api-key (or $TUNESMITH_API_KEY), or --allow-open when that is what you want",
+        hint="give --api-key (or $TUNESMITH_API_KEY) or --keys-file, or --allow-open when that is what you "
+        "want",
     )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def engine_wants(path: str, options: ServeOptions, settings: Serve) -> EngineWants:
+    """Raises UserError for adapters that are not named as they must be."""
+    own, named = split_adapters(options.adapters)
+    name = settings.model_name
+    if own is not None and name is None:
+        run = run_of(own)
+        name = (run.path if run else Path(own).expanduser().absolute()).name
+    return EngineWants(
+        path=path,
+        model_name=name,
+        adapter=own,
+        adapters=named,
+        merge=options.merge,
+        # Only what the caller says of both can clash: the run's precision gives way to --weights.
+        precision=settings.precision if options.weights is None else options.precision or "auto",
+        weights=options.weights,
+        device=options.device,
+        threads=options.threads,
+        max_length=settings.max_length,
+        max_concurrent=settings.max_concurrent,
+        max_waiting=options.max_waiting,
+        cache_tokens=options.cache_tokens,
+    )
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; taken before the model is loaded, so that a taken port is known at once."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-        return listener
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
-            hint="take another --port (0 takes a free one), or end the program that uses this one",
-        ) from None
+def split_adapters(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The bare folder, if there is one, and those with a name. Raises UserError for two that clash."""
+    own: str | None = None
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        # A path may hold an equals sign; a name holds no slash.
+        if not equals or "/" in name:
+            if own is not None:
+                raise UserError(
+                    f"--adapter {text}: there is one already, {own}",
+                    hint="give each further adapter a name: --adapter NAME=FOLDER",
+                )
+            own = text
+        elif not name or not folder or name in named:
+            fault = "the name is given twice" if name in named else "is not NAME=FOLDER"
+            raise UserError(f"--adapter {text}: {fault}", hint="such as --adapter orders=runs/orders")
+        else:
+            named[name] = folder
+    return own, named
 
 
-class _Server(uvicorn.Server):
-    """Ends in order: no new requests, some seconds for those that run, then the rest is cut off."""
+def _guard_options(settings: Serve, options: ServeOptions, engine: StartedEngine) -> GuardOptions:
+    return GuardOptions(
+        keys_file=options.keys_file,
+        api_key=settings.api_key,
+        cors_origins=options.cors_origins,
+        access_log=options.access_log,
+        log_prompts=options.log_prompts,
+        metrics_open=options.metrics_open,
+        bounds=options.bounds,
+        engines=engine.statuses,
+    )
 
-    def __init__(self, app: Any, gateway: Gateway) -> None:
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(GRACE_S) + 3
-        )
-        super().__init__(config)
-        self.stopped_by: int | None = None
-        self._gateway = gateway
-        self._closer: threading.Thread | None = None
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """In place of uvicorn's, which raises the signal again: a served end is exit code 0."""
-        before = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if self._closer is not None:
-                self._closer.join()
-
-    def stop(self) -> None:
-        """From any thread: end the server and the engine."""
-        self.should_exit = True
-        if self._closer is None and self._gateway.engine is not None:
-            engine = self._gateway.engine
-            self._closer = threading.Thread(target=lambda: engine.close(grace_s=GRACE_S), daemon=True)
-            self._closer.start()
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.stopped_by is not None:
-            self.force_exit = True
-        self.stopped_by = number
-        self.stop()
+def bounds(max_body_mib: float, request_timeout_s: float, max_requests: int) -> Bounds:
+    return Bounds(
+        max_body_bytes=max(1, int(max_body_mib * MIB)),
+        request_timeout_s=request_timeout_s,
+        max_requests=max_requests,
+    )
 
 
 class _Loader(threading.Thread):
-    """Loads the model while the server already tells that it is loading."""
+    """Loads the model, and proves what it is, while the server already tells that it is loading."""
 
     def __init__(
         self,
-        path: str,
-        options: ServeOptions,
-        settings: Serve,
+        engine: StartedEngine,
         gateway: Gateway,
+        server: Server,
         url: str,
         on_ready: Callable[[dict[str, Any]], None] | None,
-        server: _Server,
     ) -> None:
         super().__init__(name="tunesmith-loader", daemon=True)
-        self._path, self._options, self._settings = path, options, settings
-        self._gateway, self._url, self._on_ready, self._server = gateway, url, on_ready, server
+        self._engine, self._gateway, self._server = engine, gateway, server
+        self._url, self._on_ready = url, on_ready
         self.failure: Exception | None = None
 
     def run(self) -> None:
         try:
-            facts = self._load()
-            if facts is not None and self._on_ready is not None:
-                self._on_ready(facts)
+            facts = self._engine.start()
+            if facts is not None:
+                self._open(facts)
         except Exception as error:
-            self.failure = error
+            # A probe that was cut off by the end of the server is no failure.
+            self.failure = None if self._server.stopped_by is not None else error
             self._server.stop()
 
-    def _load(self) -> dict[str, Any] | None:
-        """None when the server was stopped while the model was loading."""
-        opened = open_served(
-            self._path,
-            adapter=self._options.adapter,
-            precision=self._settings.precision,
-            device=self._options.device,
-            threads=self._options.threads,
-        )
-        length = served_length(self._settings, opened)
-        ids = warm_up_prompt(opened)[:length]
-        generator = Generator(opened.model, max_length=length, max_concurrent=self._settings.max_concurrent)
-        model = served_model(opened, self._settings, length)
-        engine = LocalEngine(generator)
-        engine.start(ids)
-        self._gateway.engine, self._gateway.model = engine, model
-        while not engine.status().ready:
-            if self._server.should_exit:
-                self._server.stop()
-                return None
-            if not engine.status().alive:
-                raise TunesmithError(engine.status().failure or "the engine ended")
-            time.sleep(0.02)
-        say(f"{model.name} answers at {self._url}/v1  (context {length} tokens)")
-        return {"url": self._url, "model": model.name, "max_length": length} | model.origin
+    def _open(self, facts: Facts) -> None:
+        models = served_models(facts)
+        first = next(iter(models.values()))
+        probe = self._probe(first)
+        assert self._engine.engine is not None
+        self._gateway.open_adapter = partial(open_adapter, facts)
+        self._gateway.models, self._gateway.engine = models, self._engine.engine
+        say(f"{', '.join(models)} answers at {self._url}/v1  (context {first.max_length} tokens)")
+        if self._on_ready is not None:
+            self._on_ready(
+                {
+                    "url": self._url,
+                    "model": first.name,
+                    "models": list(models),
+                    "max_length": first.max_length,
+                    "probe": probe,
+                }
+                | first.origin
+            )
 
-
-def served_length(settings: Serve, opened: OpenModel) -> int:
-    """Tokens of prompt and answer together. Raises UserError for more than the model's positions."""
-    if settings.max_length == "auto":
-        return min(opened.context_length, SERVE_MAX_LENGTH)
-    if settings.max_length > opened.context_length:
-        raise UserError(
-            f"--max-length {settings.max_length}: the model's context is {opened.context_length} tokens",
-            hint=f"give at most {opened.context_length}",
-        )
-    return settings.max_length
-
-
-def served_model(opened: OpenModel, settings: Serve, length: int) -> ServedModel:
-    return ServedModel(
-        name=settings.model_name or opened.name,
-        tokenizer=opened.tokenizer,
-        max_length=length,
-        stop_ids=stop_token_ids(opened.tokenizer, opened.model.generation_config),
-        created=int(time.time()),
-        origin={
-            "path": opened.files.origin,
-            "base": str(opened.files.folder),
-            "adapter": str(opened.adapter) if opened.adapter else None,
-        },
-    )
+    def _probe(self, model: ServedModel) -> dict[str, Any] | None:
+        """Of a run: whether an answer ends by its stop token; says so where it does not."""
+        run = model.origin["run"] and run_of(model.origin["run"])
+        engine = self._engine.engine
+        if not run or engine is None:
+            return None
+        found: Probe = asyncio.run(probe_answer(engine, model, run))
+        if not found.ends:
+            say(
+                f"warning: {model.name}: a probe answer did not end by its stop token within {PROBE_TOKENS} "
+                "tokens: was it trained long enough, and with its stop token?"
+            )
+        return {"tokens": found.tokens, "ends": found.ends}

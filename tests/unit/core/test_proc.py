@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,3 +56,47 @@ def test_show_can_write_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
 def test_show_of_an_unknown_program_is_a_user_error() -> None:
     with pytest.raises(UserError, match="no-such-program"):
         proc.show(["no-such-program"])
+
+
+CHILD = """
+import os, socket, sys, time
+from tunesmith.core.proc import end_with_parent
+end_with_parent(int(sys.argv[1]))
+socket.socket(fileno=int(sys.argv[2])).sendall(str(os.getpid()).encode())
+time.sleep(600)
+"""
+PARENT = """
+import os, socket, sys, time
+from tunesmith.core.proc import start_linked
+ours, theirs = socket.socketpair()
+parent = os.getpid() if sys.argv[2] == "alive" else 1 << 22
+with theirs:
+    number = theirs.fileno()
+    start_linked([sys.executable, "-c", sys.argv[1], str(parent), str(number)], link=number)
+print(ours.recv(100).decode(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("parent", ["alive", "gone"])
+def test_a_linked_program_ends_with_its_parent(parent: str) -> None:
+    args = [sys.executable, "-c", PARENT, CHILD, parent]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(args, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told = process.stdout.readline().strip()
+        assert told.isdigit() == (parent == "alive")
+        process.kill()
+        # The end comes when nobody can write there any more: the linked program has ended too.
+        assert process.stderr.read() == ""
+
+
+def test_a_linked_program_is_in_a_group_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = socket.socketpair()
+    code = "import os, sys; print(os.getpgrp() == os.getpid(), os.fstat(int(sys.argv[1])).st_ino)"
+    with ours, theirs:
+        number, inode = theirs.fileno(), os.fstat(theirs.fileno()).st_ino
+        assert proc.start_linked([sys.executable, "-c", code, str(number)], link=number).wait() == 0
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"True {inode}\n")

@@ -8,51 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM, PreTrainedModel
 
+from tests.greedy import greedy
+from tests.tiny_models import FAMILIES, VOCAB, make, prompts_of
 from tunesmith.core.errors import UserError
 from tunesmith.model.generate import Generation, Generator, check_logits, generate
-from tunesmith.model.kv_cache import SMALLEST_POOL, KVCache
 from tunesmith.model.sampling import SamplingParams
-
-VOCAB = 512
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-}
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-}
-
-
-def make(family: str = "llama", **more: Any) -> PreTrainedModel:
-    config, model, extra = FAMILIES[family]
-    torch.manual_seed(0)
-    made = model(config(**(SIZES | extra | more), bos_token_id=1, eos_token_id=None, pad_token_id=0))
-    # Wide weights: a random model of the usual initialisation is so flat that any two logits nearly tie.
-    for parameter in made.parameters():
-        if parameter.ndim == 2:
-            parameter.data.normal_(0, 0.15)
-    return made.eval()
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +22,8 @@ def model() -> PreTrainedModel:
     return make()
 
 
-def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCAB, (length,), generator=draw).tolist() for length in lengths]
-
-
-@torch.inference_mode()
 def reference(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
-    return out[0, len(prompt) :].tolist()
+    return greedy(model, prompt, new_tokens, pad_token_id=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,9 +71,9 @@ def test_a_long_prompt_does_not_stall_others(model: PreTrainedModel) -> None:
     assert [long in step for step in steps].index(True) == 19
 
 
-def test_growing_through_pools_equals_transformers(model: PreTrainedModel) -> None:
-    """Sequences that outgrow their pool, while others come and go beside them."""
-    prompts = prompts_of(SMALLEST_POOL - 4, 20, SMALLEST_POOL + 5, SMALLEST_POOL - 20, 3)
+def test_unequal_lengths_equal_transformers(model: PreTrainedModel) -> None:
+    """Sequences that grow over many pages, while others come and go beside them."""
+    prompts = prompts_of(508, 20, 517, 492, 3)
     lengths = [12, 5, 30, 40, 25]
     params = [SamplingParams(max_new_tokens=n) for n in lengths]
     got = generate(copy.deepcopy(model), prompts, params, max_concurrent=3)
@@ -250,30 +204,3 @@ def test_check_logits_passes_a_good_model_and_finds_a_scaled_one(model: PreTrain
     scaled.load_state_dict(model.state_dict())
     with pytest.raises(UserError, match="differ"):
         check_logits(scaled.eval(), [5, 6, 7])
-
-
-def test_pools_stay_dense_and_keep_every_sequence() -> None:
-    """Random opening, growing and closing: every slot keeps its own numbers."""
-    import random
-
-    draw, cache, open_slots = random.Random(0), KVCache(2048), {}
-    for number in range(300):
-        action = draw.random()
-        if action < 0.5 or not open_slots:
-            slot = cache.open(length := draw.randint(1, 900))
-            mark = torch.full((1, 2, length, 4), float(number))
-            k, v = slot.pool.at(0, mark, mark)
-            k[slot.index, :length], v[slot.index, :length] = number, -number
-            slot.length = length
-            open_slots[number] = slot
-        elif action < 0.75:
-            slot = open_slots[draw.choice(list(open_slots))]
-            cache.reserve(slot, min(2048, slot.length * 3))
-        else:
-            cache.close(open_slots.pop(draw.choice(list(open_slots))))
-        for mark_number, slot in open_slots.items():
-            k, v = slot.pool.buffers[0]
-            assert (k[slot.index, : slot.length] == mark_number).all()
-            assert (v[slot.index, : slot.length] == -mark_number).all()
-            assert slot.pool.slots[slot.index] is slot
-    assert sum(len(pool.slots) for pool in cache.pools.values()) == len(open_slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tunesmith.model.generate import TokenEvent
 from tunesmith.model.load import load_tokenizer
 from tunesmith.model.sampling import Logprobs
 from tunesmith.serve.text import Answer, Detokenizer, StopMatcher, TextStream
+from tunesmith.serve.tool_calls import ToolParser
 
 TEXTS = [
     "plain words, and some more",
@@ -126,3 +128,30 @@ def test_token_bytes_of_half_a_character(detokenizer: Detokenizer) -> None:
     ids = detokenizer.tokenizer("🙂中").input_ids
     data = [byte for token in ids for byte in detokenizer.piece(token)[1]]
     assert bytes(data) == "🙂中".encode()
+
+
+def test_kept_special_tokens_are_text_for_the_reader_of_calls(detokenizer: Detokenizer) -> None:
+    start = detokenizer.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    words = detokenizer.tokenizer("a<|im_start|>b<repo_name>c").input_ids
+    plain, keeping = Answer(detokenizer), Answer(detokenizer, kept=frozenset({start}))
+    texts = ["".join(answer.push(event).text for event in events(words)) for answer in (plain, keeping)]
+    assert texts == ["abc", "a<|im_start|>bc"]
+
+
+def test_calls_are_taken_out_of_the_text_and_change_how_it_ended(detokenizer: Detokenizer) -> None:
+    text = 'So:\n<tool_call>\n{"name": "f", "arguments": {"a": "é🙂"}}\n</tool_call>'
+    answer = Answer(detokenizer, stop_ids=[2], calls=ToolParser("hermes", ["f"]))
+    pieces = [answer.push(event) for event in events([*detokenizer.tokenizer(text).input_ids, 2], "stop")]
+    assert "".join(piece.text for piece in pieces) == "So:"
+    calls = [call for piece in pieces for call in piece.calls]
+    assert calls[0].name == "f"
+    assert json.loads("".join(call.arguments for call in calls)) == {"a": "é🙂"}
+    assert pieces[-1].finish_reason == answer.finish_reason == "tool_calls"
+
+
+def test_mean_logprob_counts_every_token_with_the_stop_token(detokenizer: Detokenizer) -> None:
+    answer = Answer(detokenizer, stop_ids=[2])
+    assert answer.mean_logprob == 0.0
+    for place, token in enumerate([5, 6, 2]):
+        answer.push(TokenEvent(0, token, "stop" if token == 2 else None, Logprobs(token, -float(place), ())))
+    assert answer.mean_logprob == -1.0

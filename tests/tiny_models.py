@@ -1,0 +1,54 @@
+"""Small random models of several families, whose greedy answers do not hang on rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 512
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+}
+
+
+def make(family: str = "llama", **more: Any) -> PreTrainedModel:
+    config, model, extra = FAMILIES[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = model(config(**(SIZES | extra | more), bos_token_id=1, eos_token_id=None, pad_token_id=0))
+        # Wide weights: a random model of the usual initialisation is so flat that any two logits nearly tie.
+        for parameter in made.parameters():
+            if parameter.ndim == 2:
+                parameter.data.normal_(0, 0.15)
+    return made.eval()
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of these many random tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (length,), generator=draw).tolist() for length in lengths]
