@@ -134,7 +134,7 @@ def test_a_method_from_recipe_to_answers(name: str, base: Path, tmp_path: Path) 
 
 def check_served(run: RunFolder, merged: Path) -> None:
     """The endpoint's model is the merged one, in transformers' own hands."""
-    opened = open_served(str(run.path), threads=1)
+    opened = open_served(str(run.path), merge=True, threads=1)
     ids = torch.tensor([opened.tokenizer("<add> 1 and 2. <sum> 3").input_ids])
     with torch.inference_mode():
         plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
@@ -168,7 +168,7 @@ def test_a_run_over_a_run_with_new_tokens(tiny: Path, tmp_path: Path) -> None:
     first = train_recipe(recipe_of(tmp_path / "one", tiny, "tokens"), []).run
     second = recipe_of(tmp_path / "two", first.path, "dora")
     run = train_recipe(second, []).run
-    opened = open_served(str(run.path), threads=1)
+    opened = open_served(str(run.path), merge=True, threads=1)
     assert len(opened.tokenizer) == opened.model.config.vocab_size == 49154
     merged = export_run(run.path, "merged")
     check_served(run, merged.folder)

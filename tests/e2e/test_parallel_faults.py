@@ -51,8 +51,8 @@ def end_of(training: Training) -> str:
 
 def test_out_of_memory_in_one_rank_cuts_the_micro_batches_of_all(tmp_path: Path, tiny: Path) -> None:
     steps = {"grad_accumulation": 2, "micro_batch_size": 6, "max_steps": 8}
-    plain = train_recipe(big_batches(tmp_path / "one", tiny, train=steps, hardware=ONE), []).run
-    recipe = big_batches(tmp_path / "two", tiny, train=steps, hardware=TWO)
+    plain = train_recipe(big_batches(tmp_path / "one", tiny, answer=100, train=steps, hardware=ONE), []).run
+    recipe = big_batches(tmp_path / "two", tiny, answer=100, train=steps, hardware=TWO)
     code, errors, run = train_with("step", recipe)
     assert code == 0, errors
     events = list(read_events(run.events, "out_of_memory"))

@@ -34,22 +34,27 @@ from tunesmith.workflows.train import train_recipe
 # -- memory ------------------------------------------------------------------------------------------------
 
 
-def long_rows(path: Path, count: int = 40) -> Path:
-    """Long questions and short answers: a step's memory is in its activations."""
+def long_rows(path: Path, count: int = 40, answer: int = 20) -> Path:
+    """Long questions and answers of so many characters."""
     draw = random.Random(0)
     lines = []
     for _ in range(count):
         question = " ".join(str(draw.randint(0, 9)) for _ in range(draw.randint(380, 420)))
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": question[:20]}]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": question[:answer]},
+        ]
         lines.append(json.dumps({"messages": messages}))
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def big_batches(folder: Path, tiny: Path, *, held_out: float = 0.0, **sections: dict[str, Any]) -> Path:
+def big_batches(
+    folder: Path, tiny: Path, *, held_out: float = 0.0, answer: int = 20, **sections: dict[str, Any]
+) -> Path:
     folder.mkdir()
     steps = {"max_steps": 10, "micro_batch_size": 8, "grad_accumulation": 1, "save_every": 1}
-    source = {"path": str(long_rows(folder / "long.jsonl"))}
+    source = {"path": str(long_rows(folder / "long.jsonl", answer=answer))}
     train = steps | {"keep_checkpoints": 100, "lr": 1e-3} | sections.pop("train", {})
     return write_recipe(
         folder,
@@ -70,8 +75,9 @@ def train_with(when: str, recipe: Path) -> tuple[int, str, RunFolder]:
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["step", "longest"])
 def test_out_of_memory_cuts_the_micro_batches_and_nothing_else(tmp_path: Path, tiny: Path, when: str) -> None:
-    plain = train_recipe(big_batches(tmp_path / "plain", tiny), []).run
-    code, errors, run = train_with(when, recipe := big_batches(tmp_path / "squeezed", tiny))
+    # Logits of a hundred tokens of each row: a row alone needs a quarter of what all of them need together.
+    plain = train_recipe(big_batches(tmp_path / "plain", tiny, answer=100), []).run
+    code, errors, run = train_with(when, recipe := big_batches(tmp_path / "squeezed", tiny, answer=100))
     assert code == 0, errors
     events = list(read_events(run.events, "out_of_memory"))
     assert events and events[0]["max_tokens"] < events[0]["tokens"], errors

@@ -106,6 +106,7 @@ def serve(
     loader = _Loader(engine, gateway, server, url_of(listener, tls=bool(tls)), on_ready)
     loader.start()
     server.run(sockets=[listener])
+    guarded.close()  # a second signal ends the server before it tells the application
     if loader.failure is not None:
         raise loader.failure
     return server.stopped_by
