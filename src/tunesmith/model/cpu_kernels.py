@@ -20,8 +20,8 @@ from torch import Tensor
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import say
 from tunesmith.model.cpu_build import open_library
+from tunesmith.model.pages import PAGE
 
-PAGE = 16
 OFF = "TUNESMITH_NO_KERNELS"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 PACKED_FORMATS = ("fp32", "bf16", "int8", "nf4")

@@ -93,12 +93,17 @@ class KVCache:
 
 def default_cache_tokens(model: nn.Module, dtype: torch.dtype, wanted: int, least: int) -> int:
     """`wanted` tokens, or as many as take DEFAULT_BYTES; in any case the `least` that one sequence needs."""
-    config: Any = cast(Any, model).config.get_text_config()
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    num_bytes = 2 * config.num_hidden_layers * key_heads * size * dtype.itemsize
+    num_bytes = token_bytes(cast(Any, model).config, dtype.itemsize)
     return max(least, min(wanted, DEFAULT_BYTES // num_bytes))
+
+
+def token_bytes(config: Any, bytes_each: int) -> int:
+    """Bytes of one token's keys and values in all layers, by a model's config; bytes_each: of a number."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * text.num_hidden_layers * key_heads * size * bytes_each)
 
 
 class CacheLayout:

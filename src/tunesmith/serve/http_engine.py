@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from tunesmith.model.generate import FinishReason, TokenEvent
 from tunesmith.model.limits import Limits
 from tunesmith.model.sampling import SamplingParams
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus, Prompt
-from tunesmith.serve.streams import Indexed, QueuedStream
+from tunesmith.serve.streams import QueuedStream
 
 POLL_S = 0.1
 PROBE_EVERY_S = 60.0
@@ -74,25 +74,6 @@ class Driver(Protocol):
     async def load_adapter(self, client: EventClient, name: str, folder: Path) -> None: ...
 
     async def unload_adapter(self, client: EventClient, name: str) -> None: ...
-
-
-class HttpStream(QueuedStream):
-    """Ends with a UserError where the program refused what it was asked."""
-
-    refusal: UserError | None = None
-
-    async def __aiter__(self) -> AsyncIterator[list[Indexed]]:
-        try:
-            async for batch in super().__aiter__():
-                yield batch
-        except EngineError:
-            if self.refusal is not None:
-                raise self.refusal from None
-            raise
-
-    def refuse(self, error: UserError) -> None:
-        self.refusal = error
-        self.fail(str(error))
 
 
 class HttpEngine:
@@ -162,7 +143,7 @@ class HttpEngine:
 
     # -- on the event loops of those who ask -----------------------------------------------------------
 
-    def submit(self, asks: Sequence[Ask]) -> HttpStream:
+    def submit(self, asks: Sequence[Ask]) -> QueuedStream:
         self._refuse_when_over()
         if self._open + len(asks) > self._max_waiting + self._max_concurrent:
             raise EngineBusy(f"{self.status().waiting} requests are waiting already")
@@ -179,7 +160,7 @@ class HttpEngine:
                 raise UserError(f"the adapter '{ask.adapter}' is not loaded", hint=f"loaded: {names}")
             self._driver.check(ask)
         tasks: list[asyncio.Task[None]] = []
-        stream = HttpStream(len(asks), lambda gone: self._cancel(tasks, gone))
+        stream = QueuedStream(len(asks), lambda gone: self._cancel(tasks, gone))
         for index, ask in enumerate(asks):
             tasks.append(stream.loop.create_task(self._answer(stream, index, ask)))
         self._tasks.update(tasks)
@@ -196,7 +177,7 @@ class HttpEngine:
         for index in indices:
             tasks[index].cancel()
 
-    async def _answer(self, stream: HttpStream, index: int, ask: Ask) -> None:
+    async def _answer(self, stream: QueuedStream, index: int, ask: Ask) -> None:
         self._open += 1
         self._prompt_tokens += len(ask.prompt)
         try:
@@ -207,7 +188,7 @@ class HttpEngine:
                     stream.deliver([(index, event)])
             self._finished += 1
         except UserError as error:
-            stream.refuse(error)
+            stream.fail(error)
         except Exception as error:
             stream.fail(f"{self._driver.name} did not answer: {error}")
         finally:

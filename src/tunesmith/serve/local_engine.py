@@ -23,7 +23,7 @@ from tunesmith.model.adapter_bank import Adapter, AdapterBank
 from tunesmith.model.generate import Generator, TokenEvent
 from tunesmith.model.sampling import SamplingParams
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus, Prompt
-from tunesmith.serve.streams import Indexed, QueuedStream
+from tunesmith.serve.streams import Indexed, QueuedStream, call_on, deliver_all
 
 Command = Callable[[], None]
 
@@ -305,7 +305,7 @@ class LocalEngine:
                 self._finished += 1
                 self._one_less(stream)
         for loop, streams in grouped.items():
-            _tell(loop, partial(_deliver, streams))
+            call_on(loop, partial(deliver_all, streams))
 
     def _one_less(self, stream: LocalStream) -> None:
         stream.num_left -= 1
@@ -314,25 +314,13 @@ class LocalEngine:
 
     def _answer(self, call: _Call, how: Callable[[], None]) -> None:
         self._asking.discard(call)
-        _tell(call.loop, how)
+        call_on(call.loop, how)
 
     def _fail_all(self, reason: str) -> None:
         for asking in list(self._asking):
-            _tell(asking.loop, partial(asking.fail, reason))
+            call_on(asking.loop, partial(asking.fail, reason))
         self._asking.clear()
         self._streams.clear()
 
     def _stop(self) -> None:
         self._stopped = True
-
-
-def _deliver(streams: dict[LocalStream, list[Indexed]]) -> None:
-    for stream, events in streams.items():
-        stream.deliver(events)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:
-        return  # The loop has ended, and with it whoever waited.

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.model.limits import Limits
 from tunesmith.serve import wire
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus, Prompt
-from tunesmith.serve.streams import Indexed, QueuedStream
+from tunesmith.serve.streams import Indexed, QueuedStream, call_on, deliver_all
 
 SILENCE_S = 30.0
 END_S = 5.0
@@ -35,28 +35,11 @@ NOTHING = EngineStatus(
 )
 
 
-class ProcessStream(QueuedStream):
-    """Ends with the error that the process gave, where it refused the prompts."""
-
-    refusal: Exception | None = None
-
-    async def __aiter__(self) -> AsyncIterator[list[Indexed]]:
-        try:
-            async for batch in super().__aiter__():
-                yield batch
-        except EngineError:
-            raise self.refusal or EngineError(self._failure) from None
-
-    def refuse(self, error: Exception) -> None:
-        self.refusal = error
-        self.fail(str(error))
-
-
 @dataclass(eq=False)
 class _Asked:
     """A stream and the indices of its answers that are not complete."""
 
-    stream: ProcessStream
+    stream: QueuedStream
     left: set[int] = field(default_factory=set)
 
 
@@ -124,10 +107,10 @@ class ProcessEngine:
             failure=self._failure,
         )
 
-    def submit(self, asks: Sequence[Ask]) -> ProcessStream:
+    def submit(self, asks: Sequence[Ask]) -> QueuedStream:
         self._check(asks)
         number = next(self._numbers)
-        stream = ProcessStream(len(asks), lambda gone: self._cancel(number, gone))
+        stream = QueuedStream(len(asks), lambda gone: self._cancel(number, gone))
         with self._lock:
             self._refuse_when_over()
             self._asked[number] = _Asked(stream, set(range(len(asks))))
@@ -281,7 +264,7 @@ class ProcessEngine:
         """Hand each loop all of its events of a step in one call."""
         if "status" in message:
             self._heard_status(message)
-        grouped: dict[asyncio.AbstractEventLoop, dict[ProcessStream, list[Indexed]]] = {}
+        grouped: dict[asyncio.AbstractEventLoop, dict[QueuedStream, list[Indexed]]] = {}
         for number, index, values in message["events"]:
             asked = self._asked.get(number)
             if asked is None:
@@ -292,7 +275,7 @@ class ProcessEngine:
             if event.finish_reason is not None:
                 self._finish(number, asked, [index])
         for loop, streams in grouped.items():
-            _call(loop, partial(_deliver, streams))
+            call_on(loop, partial(deliver_all, streams))
 
     def _finish(self, number: int, asked: _Asked, indices: list[int]) -> None:
         asked.left.difference_update(indices)
@@ -307,12 +290,12 @@ class ProcessEngine:
             return
         loop, answer = found
         error = wire.error_from(message["error"]) if message.get("error") else None
-        _call(loop, partial(_answer, answer, message.get("value"), error))
+        call_on(loop, partial(_answer, answer, message.get("value"), error))
 
     def _refused(self, message: wire.Message) -> None:
         asked = self._asked.pop(message["stream"], None)
         if asked is not None:
-            _call(asked.stream.loop, partial(asked.stream.refuse, wire.error_from(message["error"])))
+            call_on(asked.stream.loop, partial(asked.stream.fail, wire.error_from(message["error"])))
 
     def _broken(self, message: wire.Message) -> None:
         """The engine inside has ended, the process has not yet."""
@@ -325,9 +308,9 @@ class ProcessEngine:
             asked, self._asked = list(self._asked.values()), {}
             calls, self._calls = list(self._calls.values()), {}
         for one in asked:
-            _call(one.stream.loop, partial(one.stream.fail, failure))
+            call_on(one.stream.loop, partial(one.stream.fail, failure))
         for loop, answer in calls:
-            _call(loop, partial(_answer, answer, None, EngineError(failure)))
+            call_on(loop, partial(_answer, answer, None, EngineError(failure)))
         self._answered.set()
         self._ended.set()
 
@@ -343,11 +326,6 @@ def _how_it_ended(process: proc.Process, *, asked_to: bool) -> str:
     return f"the engine's process ended with code {code}"
 
 
-def _deliver(streams: dict[ProcessStream, list[Indexed]]) -> None:
-    for stream, events in streams.items():
-        stream.deliver(events)
-
-
 def _answer(answer: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
     if answer.done():  # nobody waits for it any more
         return
@@ -355,8 +333,3 @@ def _answer(answer: asyncio.Future[Any], value: Any, error: Exception | None) ->
         answer.set_exception(error)
     else:
         answer.set_result(value)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    with suppress(RuntimeError):  # The loop has ended, and with it whoever waited.
-        loop.call_soon_threadsafe(function)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from typing import TypeVar
 
 from tunesmith.model.generate import TokenEvent
 from tunesmith.serve.engine import EngineError
@@ -23,7 +25,7 @@ class QueuedStream:
         self._on_cancel = on_cancel
         self._arrived: list[Indexed] = []
         self._wake = asyncio.Event()
-        self._failure: str | None = None
+        self._failure: Exception | None = None
 
     async def __aiter__(self) -> AsyncIterator[list[Indexed]]:
         while self.open or self._arrived or self._failure:
@@ -33,7 +35,7 @@ class QueuedStream:
             if arrived:
                 yield arrived
             if self._failure:
-                raise EngineError(self._failure)
+                raise self._failure
 
     def cancel(self, index: int | None = None) -> None:
         gone = [i for i in (sorted(self.open) if index is None else [index]) if i in self.open]
@@ -50,6 +52,22 @@ class QueuedStream:
                     self.open.discard(index)
         self._wake.set()
 
-    def fail(self, reason: str) -> None:
-        self._failure = reason
+    def fail(self, why: str | Exception) -> None:
+        """End it with an error: this one, or an EngineError that says `why`."""
+        self._failure = EngineError(why) if isinstance(why, str) else why
         self._wake.set()
+
+
+S = TypeVar("S", bound=QueuedStream)
+
+
+def deliver_all(streams: Mapping[S, list[Indexed]]) -> None:
+    """What one step has for the streams of a loop, in one call on that loop."""
+    for stream, events in streams.items():
+        stream.deliver(events)
+
+
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    """From any thread. A loop that has ended is passed over: with it ended whoever waited."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)

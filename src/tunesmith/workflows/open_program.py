@@ -15,6 +15,7 @@ from tunesmith.core.paths import cache_dir
 from tunesmith.hub.gguf_file import is_gguf
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
+from tunesmith.model.kv_cache import token_bytes
 from tunesmith.model.limits import Limits
 from tunesmith.model.load import context_length, load_config, load_tokenizer
 from tunesmith.model.weights import read_json_file, weight_files
@@ -85,7 +86,7 @@ def _vllm(wants: EngineWants) -> tuple[_Model, Driver, bool]:
     free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (None, None)
     plan = plan_vllm(
         weight_bytes=sum(path.stat().st_size for path in weight_files(files.folder)),
-        kv_bytes_per_token=_kv_bytes(model.config),
+        kv_bytes_per_token=token_bytes(model.config, 2),
         max_length=model.length,
         max_concurrent=wants.max_concurrent,
         gpu_bytes=total,
@@ -134,15 +135,6 @@ def _opened(files: ModelFiles, wants: EngineWants, adapters: Mapping[str, Path])
     config = load_config(files.folder)
     length = served_length(wants.max_length, context_length(config))
     return _Model(files, load_tokenizer(files.tokenizer), config, length, adapters)
-
-
-def _kv_bytes(config: Any) -> int:
-    """Of keys and values of one token in 16 bits."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * key_heads * size * 2)
 
 
 def _facts(model: _Model, wants: EngineWants, *, merged: bool) -> dict[str, Any]:
