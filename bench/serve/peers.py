@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 
 from tunesmith.core import proc
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.net import EventClient, wait_until_ready
+from tunesmith.core.net import EventClient, free_port, wait_until_ready
 from tunesmith.core.units import GIB
 from tunesmith.hub.sources import resolve_model
 from tunesmith.workflows.bench_measure import Usage
@@ -114,12 +113,6 @@ def program(options: argparse.Namespace, env: str, name: str) -> Path:
     if not found.exists():
         raise TunesmithError(f"{found} is not there", hint="--install makes the environment")
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

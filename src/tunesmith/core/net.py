@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -199,6 +200,13 @@ def wait_until_ready(url: str, *, alive: Callable[[], bool], timeout_s: float = 
             raise TunesmithError(f"the server behind {url} ended before it was ready")
         time.sleep(0.2)
     raise TunesmithError(f"{url} was not ready after {timeout_s:g} s")
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def local_status(url: str, *, headers: Mapping[str, str] | None = None, timeout_s: float = 5.0) -> int | None:

@@ -9,7 +9,6 @@ import asyncio
 import os
 import secrets
 import shutil
-import socket
 import threading
 import time
 import weakref
@@ -21,7 +20,7 @@ from typing import Protocol
 
 from tunesmith.core import proc
 from tunesmith.core.errors import TunesmithError, UserError
-from tunesmith.core.net import EventClient, NetError, local_status
+from tunesmith.core.net import EventClient, NetError, free_port, local_status
 from tunesmith.core.progress import say
 from tunesmith.model.generate import FinishReason, TokenEvent
 from tunesmith.model.limits import Limits
@@ -280,7 +279,7 @@ class HttpEngine:
 
     def _run_once(self) -> str:
         """Start the program and stay with it until it ends or hangs; how it ended."""
-        port = _free_port()
+        port = free_port()
         key = secrets.token_urlsafe(32)
         command = self._driver.command(port, key)
         begin = self._log.stat().st_size if self._log.is_file() else 0
@@ -345,12 +344,6 @@ class HttpEngine:
         code = process.poll()
         ended = f"ended with code {code}" if code is not None else "did not become ready"
         return f"{self._driver.name} {ended}{_tail(self._log, begin)}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _tied(args: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import IO, Any
 
 from tunesmith.core import errors
 from tunesmith.core.errors import Interrupted, RunFailed, TunesmithError, UserError
+from tunesmith.core.net import free_port
 from tunesmith.core.proc import Process, spawn
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe
@@ -59,7 +59,7 @@ class Cluster:
     def address(self) -> tuple[str, int]:
         """(host, port) where the ranks meet."""
         if self.rendezvous is None:
-            return "127.0.0.1", _free_port()
+            return "127.0.0.1", free_port()
         host, _, port = self.rendezvous.rpartition(":")
         if not host:
             return port, PORT
@@ -259,10 +259,3 @@ def wait_for_the_end(env: Mapping[str, str], sleep: Callable[[float], None] = ti
     """In a worker whose peers are gone: the launcher knows which one died first, and ends this one."""
     if LAUNCHER in env:
         sleep(60)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
