@@ -67,7 +67,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     """Everything from the file to the packs of every step."""
     from tunesmith.data.batches import StepPlan
     from tunesmith.data.prepare import prepare
-    from tunesmith.model.load import load_tokenizer
+    from tunesmith.model.tokenizer import load_tokenizer
     from tunesmith.recipe.schema import Data
 
     tokenizer = load_tokenizer(Path(args.model))

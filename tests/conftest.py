@@ -21,11 +21,22 @@ __all__ = ["busybox_image", "docker_host", "python_image", "ssh_server", "use_do
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest: started first, so that none of them runs alone at the end.
 LONGEST = (
-    "test_containers", "test_image", "test_airgap", "test_parallel", "test_methods", "test_train_faults",
-    "test_serve", "test_foreign_clients", "test_engine_exact", "test_parity", "test_serve_process",
-    "test_serve_load", "test_gguf_llamacpp", "test_train", "test_setup", "test_quickstart", "test_preference", "test_lab_files",
-    "test_verify", "test_bundle", "test_train_kill", "test_base_install",
+    "test_containers", "test_image", "test_airgap", "test_parallel", "test_methods", "test_parallel_faults",
+    "test_train_faults", "test_foreign_clients", "test_serve", "test_engine_exact", "test_mixed_adapters",
+    "test_gguf_llamacpp", "test_serve_engines", "test_served_tokens", "test_parity", "test_train",
+    "test_lab_files", "test_setup", "test_preference", "test_verify", "test_train_kill", "test_bench", "test_quickstart",
+    "test_builtin_model", "test_serve_load", "test_bundle", "test_serve_process", "test_base_install",
 )  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="tests that take a part of their cases take all")
+
+
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether tests with many cases of one kind take all of them: minutes more."""
+    return bool(request.config.getoption("--whole"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Compiled once, not by every test that has a cache of its own.
     os.environ.setdefault("TUNESMITH_KERNELS", str(cache_dir() / "kernels"))
     warm.ENVIRONMENT.update(os.environ)
+    warm.install()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,9 +82,10 @@ def _has_gpu() -> bool:
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the caches of another, or of the user."""
+    """No test reads or writes the caches or keys of another, or of the user."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TUNESMITH_API_KEY", raising=False)
+    monkeypatch.setenv("TUNESMITH_KEYS_FILE", "none")  # a server asks for no key of the user's own file
 
 
 @pytest.fixture(scope="session")
@@ -89,27 +102,14 @@ def smol() -> Path:
 @pytest.fixture(scope="session")
 def tiny(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama with SmolLM2's tokenizer and template: fast, and a real model."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
+
+    from tests.tiny_models import make
 
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    sizes = {"vocab_size": 49152, "intermediate_size": 128, "max_position_embeddings": 1024}
+    tokens = {"eos_token_id": 2, "pad_token_id": 2}
+    make(wide=False, **sizes, **tokens, tie_word_embeddings=True).save_pretrained(folder)
     AutoTokenizer.from_pretrained(smol).save_pretrained(folder)
     return folder
 

@@ -26,6 +26,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,25 +67,43 @@ def _command(root: Path, driver: str | None) -> list[str]:
     ]  # fmt: skip
 
 
-def _answers(host: str) -> bool:
-    done = subprocess.run(["docker", "-H", host, "version"], capture_output=True)
-    return done.returncode == 0
+def skip_or_fail(reason: str | None) -> None:
+    if reason and os.environ.get("TUNESMITH_REQUIRE_DOCKER"):
+        pytest.fail(f"TUNESMITH_REQUIRE_DOCKER is set, but {reason}")
+    if reason:
+        pytest.skip(reason)
 
 
-def _start(root: Path, driver: str | None) -> subprocess.Popen[bytes] | None:
-    """The daemon once it answers; None when it ended or does not answer within half a minute."""
-    (root / "daemon.json").write_text("{}")
-    with (root / "log").open("ab") as log:
+def _started(
+    command: list[str], log: Path, ask: list[str], timeout_s: float
+) -> subprocess.Popen[bytes] | None:
+    with log.open("ab") as out:
         daemon = subprocess.Popen(
-            _command(root, driver), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )
-    end = time.monotonic() + 30
+    end = time.monotonic() + timeout_s
     while time.monotonic() < end and daemon.poll() is None:
-        if _answers(f"unix://{root / 's'}"):
+        if subprocess.run(ask, capture_output=True).returncode == 0:
             return daemon
         time.sleep(0.1)
     _stop(daemon)
     return None
+
+
+@contextmanager
+def daemon_of(
+    command: list[str], log: Path, ask: list[str], *, timeout_s: float = 60
+) -> Iterator[subprocess.Popen[bytes] | None]:
+    """A dockerd that `command` starts, once the command `ask` has an answer; ended at the end of the block.
+
+    None when it ended, or has no answer within `timeout_s`. Its output goes to `log`.
+    """
+    daemon = _started(command, log, ask, timeout_s)
+    try:
+        yield daemon
+    finally:
+        if daemon:
+            _stop(daemon)
 
 
 def _stop(daemon: subprocess.Popen[bytes]) -> None:
@@ -122,23 +141,22 @@ def remove_containers(host: str) -> None:
 @pytest.fixture(scope="session")
 def docker_host() -> Iterator[str]:
     """DOCKER_HOST of a daemon that only this test process uses."""
-    reason = missing()
-    if reason and os.environ.get("TUNESMITH_REQUIRE_DOCKER"):
-        pytest.fail(f"TUNESMITH_REQUIRE_DOCKER is set, but {reason}")
-    if reason:
-        pytest.skip(reason)
+    skip_or_fail(missing())
     # The path of a unix socket has at most 107 characters, which pytest's own folders may exceed.
     root = Path(tempfile.mkdtemp(prefix="tsd-", dir="/tmp"))
     _in_memory(root)
-    daemon = _start(root, None) or _start(root, "vfs")
+    (root / "daemon.json").write_text("{}")
+    host, log = f"unix://{root / 's'}", root / "log"
+    ask = ["docker", "-H", host, "version"]
     try:
-        assert daemon, "dockerd did not start:\n" + (root / "log").read_text(errors="replace")[-3000:]
-        host = f"unix://{root / 's'}"
-        yield host
-        remove_containers(host)
+        with ExitStack() as stack:
+            daemons = (
+                stack.enter_context(daemon_of(_command(root, driver), log, ask)) for driver in (None, "vfs")
+            )
+            assert any(daemons), f"dockerd did not start:\n{log.read_text(errors='replace')[-3000:]}"
+            yield host
+            remove_containers(host)
     finally:
-        if daemon:
-            _stop(daemon)
         _unmount(root)
         shutil.rmtree(root, ignore_errors=True)
 

@@ -34,7 +34,8 @@ class Fault:
 
     kind: cut (after `after` bytes), status (`status`, with `retry_after`), wrong (the byte at `after`
     flipped), short (one byte less, announced so), no-range (200 in place of 206), shifted (a Content-Range
-    that begins elsewhere), slow (`rate` bytes a second), silent (no answer).
+    that begins elsewhere), slow (`rate` bytes a second), silent (no answer), held (the last byte does not
+    come before the fault is taken away).
     """
 
     kind: str
@@ -311,15 +312,20 @@ class Handler(BaseHTTPRequestHandler):
         state = self.server.state
         cut = state.fault(name, "cut") if len(part) > 1 else None
         slow = state.fault(name, "slow")
+        held = state.fault(name, "held")
         if cut and cut.after < len(part):
             part = part[: cut.after]
             self.close_connection = True
         note = Served(name, begin, begin, asked)
         state.served.append(note)
         step = min(STEP, max(1, slow.rate // 10)) if slow else 1 << 16
-        for at in range(0, len(part), step):
-            self.wfile.write(part[at : at + step])
-            note.end = begin + min(at + step, len(part))
+        free = len(part) - bool(held)
+        for at in (*range(0, free, step), *range(free, len(part))):
+            while at == free and held in state.faults:
+                time.sleep(0.01)
+            end = min(at + step, free) if at < free else len(part)
+            self.wfile.write(part[at:end])
+            note.end = begin + end
             if slow:
                 time.sleep(step / slow.rate)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tunesmith.model.grammar import Grammars, GrammarSpec
-from tunesmith.model.sampling import RowState, SamplingParams, sample
+from tunesmith.model.requests import SamplingParams
+from tunesmith.model.sampling import RowState, sample
 
 
 def random_answers(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import imports
+
 SRC = Path(__file__).resolve().parent.parent / "src" / "tunesmith"
 
 AREAS = ("host", "image", "hub", "data", "plan", "train", "export", "serve", "convert")
@@ -118,25 +120,30 @@ def test_only_proc_starts_programs_and_only_net_speaks_http() -> None:
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["schema"]])
 def test_light_commands_load_no_heavy_package(args: list[str]) -> None:
-    code = (
-        "import sys\nfrom tunesmith.cli.main import main\n"
-        f"try: main({args!r})\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'httpx'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    imports.without({"torch", "transformers", "numpy", "datasets", "httpx"}, *args)
 
 
 def test_help_of_every_command_has_an_example_and_loads_no_torch() -> None:
     from tunesmith.cli.main import COMMANDS
 
     for name in COMMANDS:
-        code = (
-            "import sys\nfrom tunesmith.cli.main import main\n"
-            f"try: main([{name!r}, '--help'])\nexcept SystemExit as stop: assert not stop.code\n"
-            "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-        assert f"tunesmith {name} " in done.stdout and "Example" in done.stdout, f"{name}: {done.stdout}"
+        text = imports.without({"torch", "transformers"}, name, "--help")
+        assert f"tunesmith {name} " in text and "Example" in text, f"{name}: {text}"
+
+
+def test_the_gateway_of_a_server_needs_no_torch(tiny: Path) -> None:
+    """Not to import it, and not to read a tokenizer."""
+    code = """
+import sys
+from pathlib import Path
+from tunesmith.core.optional import postpone
+postpone("torch")
+import tunesmith.workflows.serve
+from tunesmith.model.template import encode_prompt, stop_token_ids, template_hash
+from tunesmith.model.tokenizer import load_tokenizer
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+assert encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}]) and template_hash(tokenizer)
+assert sys.modules["torch"] is None
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

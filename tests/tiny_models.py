@@ -1,4 +1,4 @@
-"""Small random models of several families, whose greedy answers do not hang on rounding."""
+"""Small random models of several families."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
 }
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -36,14 +39,18 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def make(family: str = "llama", **more: Any) -> PreTrainedModel:
+def make(family: str = "llama", *, wide: bool = True, seed: int = 0, **more: Any) -> PreTrainedModel:
+    """The same weights for the same arguments; `more` is laid over SIZES.
+
+    wide: of the usual initialisation a model is so flat that any two logits nearly tie, and greedy answers
+    would hang on rounding; wide weights prevent it.
+    """
     config, model, extra = FAMILIES[family]
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = model(config(**(SIZES | extra | more), bos_token_id=1, eos_token_id=None, pad_token_id=0))
-        # Wide weights: a random model of the usual initialisation is so flat that any two logits nearly tie.
+        torch.manual_seed(seed)
+        made = model(config(**(SIZES | extra | more)))
         for parameter in made.parameters():
-            if parameter.ndim == 2:
+            if wide and parameter.ndim == 2:
                 parameter.data.normal_(0, 0.15)
     return made.eval()
 

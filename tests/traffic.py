@@ -7,8 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from tests.page_counts import check_pool
-from tunesmith.model.generate import Generator, TokenEvent
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.generate import Generator
+from tunesmith.model.requests import SamplingParams, TokenEvent
 
 
 @dataclass

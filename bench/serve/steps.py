@@ -1,11 +1,13 @@
 """What one decode step costs, computed in different ways in one process, turn and turn about.
 
     python bench/serve/steps.py MODEL_FOLDER --rows 1,8,32 --context 200 --threads 2
+    python bench/serve/steps.py MODEL_FOLDER --ways bf16,bf16+1,bf16+8,bf16+8/2 --threads 1 --clock cpu
 
 Every row has `context` tokens in its cache and gets one more: embedding, layers, attention, head, greedy
 choice. Ways: eager and compiled transformers (fp32; compiled with a static cache, one graph a batch size),
 the same pass converted for OpenVINO (fp32; keys and values of the context as inputs), and this project's
-kernels with each format of weights, and without kernels.
+kernels with each format of weights, and without kernels. FORMAT+N: with N adapters, the rows taking them in
+turns; FORMAT+N/M: only every M-th row has one.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from adapters import make_adapters
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from tunesmith.model import attention, cpu_kernels
+from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.fast_decode import make_forward
 from tunesmith.model.fast_linear import fast_head, use_blocks
 from tunesmith.model.kv_cache import CacheLayout, Chunk, KVCache
@@ -32,6 +37,7 @@ from tunesmith.model.pages import PAGE, pages_for
 from tunesmith.model.served_weights import pack_weights
 
 Step = Callable[[], Tensor]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FORMATS = ("fp32", "bf16", "int8", "nf4")
 WAYS = ("eager", "compiled", "torch", *FORMATS)  # and "openvino", where that package is installed
 
@@ -137,7 +143,17 @@ def openvino(folder: Path, context: int) -> Callable[[int], Step]:
     return step_of
 
 
-def ours(folder: Path, context: int, way: str) -> Callable[[int], Step]:
+def with_adapters(model: Any, folder: Path, count: int, rank: int) -> AdapterBank:
+    bank = AdapterBank(model)
+    with tempfile.TemporaryDirectory() as made:
+        for name, path in make_adapters(folder, Path(made), count=count, rank=rank).items():
+            bank.load(name, path)
+    return bank
+
+
+def ours(folder: Path, context: int, way: str, rank: int) -> Callable[[int], Step]:
+    way, _, adapters = way.partition("+")
+    count, _, every = adapters.partition("/")
     model = model_of(folder)
     attention.install(model, max_length=context + 1)
     kernels = None if way == "torch" else cpu_kernels.load()
@@ -148,6 +164,7 @@ def ours(folder: Path, context: int, way: str) -> Callable[[int], Step]:
         pack_weights(model, way)  # type: ignore[arg-type]
         forward = make_forward(model)
     head = fast_head(attention.lm_head(model))
+    bank = with_adapters(model, folder, int(count or 0), rank)
 
     def step_of(rows: int) -> Step:
         each = pages_for(context + 1)
@@ -155,10 +172,15 @@ def ours(folder: Path, context: int, way: str) -> Callable[[int], Step]:
         chunks = [Chunk(range(1 + r * each, 1 + (r + 1) * each), context, 1) for r in range(rows)]
         fill(cache, model, rows * each)
         ids = torch.full((1, rows), 7)
+        names = [
+            bank.names[r % len(bank.names)] if bank.names and r % int(every or 1) == 0 else None
+            for r in range(rows)
+        ]
 
         def step() -> Tensor:
             layout = CacheLayout(cache, chunks, dtype=torch.float32, device=torch.device("cpu"))
-            hidden = forward(ids, layout.positions[None], layout)[0]
+            with bank.selected([(name, 1) for name in names]):
+                hidden = forward(ids, layout.positions[None], layout)[0]
             return head(hidden).argmax(-1)
 
         return step
@@ -176,20 +198,20 @@ def fill(cache: KVCache, model: Any, num_pages: int) -> None:
             pages[1:] = some[0].transpose(0, 1).reshape(pages[1:].shape)
 
 
-def make(way: str, folder: Path, context: int) -> Callable[[int], Step]:
+def make(way: str, folder: Path, context: int, rank: int) -> Callable[[int], Step]:
     makers = {"eager": eager, "compiled": compiled, "openvino": openvino}
-    return makers[way](folder, context) if way in makers else ours(folder, context, way)
+    return makers[way](folder, context) if way in makers else ours(folder, context, way, rank)
 
 
-def measure(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
+def measure(steps: dict[str, Step], seconds: float, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Milliseconds of each step, the ways taking turns, for about so many seconds."""
     times: dict[str, list[float]] = {way: [] for way in steps}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for way, step in steps.items():
-            begin = time.perf_counter()
+            begin = clock()
             step()
-            times[way].append((time.perf_counter() - begin) * 1e3)
+            times[way].append((clock() - begin) * 1e3)
     return times
 
 
@@ -201,16 +223,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=200)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=3.0, help="for each number of rows")
+    parser.add_argument("--rank", type=int, default=8, help="of adapters")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process alone")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     with torch.inference_mode():
-        ways = {way: make(way, given.model, given.context) for way in given.ways.split(",")}
+        ways = {way: make(way, given.model, given.context, given.rank) for way in given.ways.split(",")}
         for rows in map(int, given.rows.split(",")):
             steps = {way: step_of(rows) for way, step_of in ways.items()}
             for step in steps.values():
                 for _ in range(2):
                     step()
-            for way, times in measure(steps, given.seconds).items():
+            for way, times in measure(steps, given.seconds, CLOCKS[given.clock]).items():
                 best, middle = min(times), statistics.median(times)
                 found = {"way": way, "rows": rows, "best_ms": round(best, 2), "median_ms": round(middle, 2)}
                 found |= {"tokens_per_s": round(rows * 1e3 / middle, 1), "steps": len(times)}

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tunesmith.hub.builtin import BUILTIN, GGUF, GGUF_SHA256, PACKAGE, VERSION
-from tunesmith.model.load import load_model, load_tokenizer
+from tunesmith.model.load import load_model
+from tunesmith.model.tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
 

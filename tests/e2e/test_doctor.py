@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import imports
 from tests.conftest import ROOT, Cli
 
 FACTS = ROOT / "tests" / "facts"
@@ -154,14 +155,8 @@ def test_it_changes_nothing(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_it_loads_no_heavy_package() -> None:
-    code = (
-        "import sys\nfrom tunesmith.cli.main import main\n"
-        "try: main(['doctor', '--json'])\nexcept SystemExit as stop: assert stop.code in (0, 1), stop.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'pyinfra', 'gevent', 'paramiko', 'huggingface_hub', 'httpx'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    heavy = {"torch", "transformers", "numpy", "pyinfra", "gevent", "paramiko", "huggingface_hub", "httpx"}
+    imports.without(heavy, "doctor", "--json", codes=(0, 1))
 
 
 def test_it_starts_at_once() -> None:

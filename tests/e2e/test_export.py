@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import warm
 from tunesmith.model.generate import generate
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.workflows.open_model import open_model
 
 RECIPE = """\

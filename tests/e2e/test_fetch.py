@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -269,17 +270,21 @@ def test_text_output(cli: Any, repo: Path) -> None:
 def test_killed_at_random_points_until_done(
     tmp_path: Path, online: dict[str, str], number: signal.Signals
 ) -> None:
+    """Each time another shard is held back by the hub, so that none ends before it is killed."""
     repo = make_model(tmp_path / "large", num_bytes=1_500_000, shards=3)
-    snapshot = tmp_path / f"hf/hub/models--owner--tiny/snapshots/{COMMIT}"
-    rng, kills, code = random.Random(number), 0, -1
+    cache = tmp_path / "hf/hub/models--owner--tiny"
+    snapshot = cache / f"snapshots/{COMMIT}"
+    rng = random.Random(number)
     with serve_hub({NAME: repo}) as hub:
-        hub.faults.append(Fault("slow", path="model-", rate=300_000))
-        while code != 0:
-            code = fetch_and_kill(hub, repo, os.environ | online | {"HF_ENDPOINT": hub.url}, number, rng)
-            kills += code != 0
-            assert code in (0, -number, 130)
-            assert not snapshot.exists() or contents(snapshot) == wanted(repo)
-        assert kills >= 2 and contents(snapshot) == wanted(repo)
+        hub.faults.append(Fault("slow", path="model-", rate=3_000_000))
+        for shard in (1, 2, 3):
+            hub.faults.append(Fault("held", path=f"model-{shard:05d}"))
+            process = fetching(online | {"HF_ENDPOINT": hub.url})
+            kill_after(process, cache, rng.randrange(1, 1_000_000), number)
+            hub.faults.pop()
+            assert not snapshot.exists()
+        assert fetching(online | {"HF_ENDPOINT": hub.url}).wait(120) == 0
+        assert contents(snapshot) == wanted(repo)
         for name, content in wanted(repo).items():
             begins = [begin for begin, _ in hub.bytes_of(name)]
             assert len(content) > 1000 or len(begins) <= 1  # what was there whole came once
@@ -287,21 +292,25 @@ def test_killed_at_random_points_until_done(
         assert any(begin > 0 for name in wanted(repo) for begin, _ in hub.bytes_of(name))
 
 
-def fetch_and_kill(
-    hub: Hub, repo: Path, env: dict[str, str], number: signal.Signals, rng: random.Random
-) -> int:
-    """Start a fetch, kill it a while after its first bytes, and return its exit code."""
-    before = came(hub, repo)
+def fetching(env: dict[str, str]) -> subprocess.Popen[bytes]:
     args = [sys.executable, "-m", "tunesmith", "fetch", NAME]
-    process = subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 30
-    while process.poll() is None and came(hub, repo) == before and time.monotonic() < end:
+    return subprocess.Popen(args, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_after(process: subprocess.Popen[bytes], cache: Path, num_bytes: int, number: signal.Signals) -> None:
+    """Kill a fetch when so many more bytes are on the disk."""
+    goal = on_disk(cache) + num_bytes
+    while on_disk(cache) < goal:
+        assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
-    time.sleep(rng.uniform(0.2, 0.6))
     process.send_signal(number)
-    return process.wait(20)
+    assert process.wait(60) in (-number, 130)
 
 
-def came(hub: Hub, repo: Path) -> int:
-    """Bytes that the hub has sent."""
-    return sum(end - begin for name in wanted(repo) for begin, end in hub.bytes_of(name))
+def on_disk(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # renamed meanwhile
+            total += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+    return total

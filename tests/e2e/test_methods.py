@@ -91,11 +91,7 @@ def resumed(recipe: Path, done: RunFolder) -> RunFolder:
 
 
 # Of a model with a head of its own only those that touch it; quick ones for every run of the tests.
-CASES = [(name, True) for name in METHODS] + [
-    ("whole modules", False),
-    ("tokens", False),
-    ("tokens, whole", False),
-]
+CASES = [(name, True) for name in METHODS if name != "dora"] + [("tokens", False), ("tokens, whole", False)]
 QUICK = [("qlora with dora", True), ("tokens", False)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.e2e.train_helpers import Training, write_recipe
 from tunesmith.core.events import read_events
 from tunesmith.core.proc import run as run_program
@@ -48,15 +49,7 @@ def assert_close(found: Curve, wanted: Curve) -> None:
 
 def workers_of(training: Training) -> dict[int, int]:
     """Process number by rank of the workers that this training has started."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            pairs = dict(pair.split("=", 1) for pair in path.read_text().split("\0") if "=" in pair)
-        except (OSError, ValueError):
-            continue
-        if pairs.get("TUNESMITH_LAUNCHER") == str(training.process.pid):
-            found[int(pairs["RANK"])] = int(path.parent.name)
-    return found
+    return dict(enumerate(warm.children(training.process.pid)))
 
 
 def assert_all_gone(pids: list[int]) -> None:

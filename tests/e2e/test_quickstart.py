@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import warm
+from tests.conftest import Cli
 from tunesmith.core.events import read_events
+from tunesmith.workflows.verify import is_alive
 
 SMALL = ("--rows", "24", "--test-rows", "6", "--set", "train.max_steps=3")
 KEYS = {
@@ -33,12 +35,12 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def command(folder: Path, model: Path, *more: str) -> list[str]:
-    start = [sys.executable, "-m", "tunesmith", "quickstart", "--output", str(folder), "--json"]
+    start = ["quickstart", "--output", str(folder), "--json"]
     return [*start, *SMALL, "--set", f"model.path={model}", *more]
 
 
 def call(folder: Path, model: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, model, *more), capture_output=True, text=True, timeout=300)
+    return Cli()(*command(folder, model, *more))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -134,29 +136,15 @@ def test_a_folder_with_other_things_is_left_alone(tiny: Path, tmp_path: Path) ->
 
 def test_a_stopped_quickstart_leaves_no_server_and_goes_on(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "stopped"
-    log = folder / "quickstart" / "serve.log"
     with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen(command(folder, tiny), stdout=out, stderr=subprocess.STDOUT)
+        process = warm.start(*command(folder, tiny), stdout=out, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 200
-        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not (servers := warm.children(process.pid)) and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "out").read_text()
             time.sleep(0.05)
-        assert log.exists(), (tmp_path / "out").read_text()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
-    assert not servers_of(folder)
+    assert servers and not any(map(is_alive, servers))
     done = call(folder, tiny)
     assert done.returncode == 0, done.stderr
     assert "train: finished before" in done.stderr
-
-
-def servers_of(folder: Path) -> list[str]:
-    """Command lines of the processes that serve `folder`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if "serve" in words and str(folder) in words:
-            found.append(" ".join(words))
-    return found

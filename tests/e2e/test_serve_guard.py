@@ -23,6 +23,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import warm
+from tests.conftest import Cli
 from tests.unit.serve.asgi import ASK, Words, bearer
 from tunesmith.serve.bodies import Bounds
 from tunesmith.serve.connections import bounded_connection
@@ -387,3 +388,43 @@ def test_the_access_log_has_who_and_how_much_but_no_text_and_no_key(real: Real) 
     )
     text = real.log.read_text()
     assert "nobody says" not in text and not any(secret in text for secret in real.secrets.values())
+
+
+# -- the user's own keys ----------------------------------------------------------------------------
+
+
+def test_a_new_users_key_is_asked_for_without_a_word_of_it(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    env = {"XDG_CONFIG_HOME": str(tmp_path), "TUNESMITH_KEYS_FILE": ""}
+    alice = cli("keys", "add", "alice", env=env).stdout.strip()
+    pipe = subprocess.PIPE
+    process = warm.start("serve", tiny, "--port", "0", "--json", env=env, stdout=pipe, stderr=pipe)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    models = f"{json.loads(line)['url']}/v1/models"
+    try:
+        assert httpx.get(models).status_code == 401
+        assert httpx.get(models, headers=bearer(alice)).status_code == 200
+        bob = cli("keys", "add", "bob", env=env).stdout.strip()
+        assert httpx.get(models, headers=bearer(bob)).status_code == 200, (
+            "keys count as soon as they are there"
+        )
+        for name in ("alice", "bob"):
+            assert cli("keys", "revoke", name, env=env).returncode == 0
+        assert httpx.get(models, headers=bearer(bob)).status_code == 401
+        assert httpx.get(models).status_code == 401, "the last key gone is no open door"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=WAIT_S)
+    assert f"asks for an API key: {tmp_path}/tunesmith/keys.json has 1" in errors
+    assert alice not in errors and bob not in errors
+
+
+def test_own_keys_that_are_damaged_end_the_start(tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    file = tmp_path / "tunesmith" / "keys.json"
+    file.parent.mkdir()
+    file.write_text("{")
+    env = {"XDG_CONFIG_HOME": str(tmp_path), "TUNESMITH_KEYS_FILE": ""}
+    done = cli("serve", tiny, "--port", "0", env=env)
+    assert done.returncode == 2
+    assert str(file) in done.stderr and "--keys-file none" in done.stderr

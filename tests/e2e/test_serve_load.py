@@ -1,9 +1,12 @@
-"""500 connections at once: slow readers, clients that leave in mid-stream, keys over their quota."""
+"""500 connections at once: slow readers, clients that leave in mid-stream, keys over their quota; then the
+engine's process killed, and the server ended, under load."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import statistics
 import time
 from collections import Counter
@@ -16,15 +19,18 @@ import pytest
 from tests.conftest import Cli
 from tunesmith.core.net import EventClient
 from tunesmith.workflows.endpoint import Endpoint, serving
+from tunesmith.workflows.verify import descendants
 
-STREAMS, LEAVERS, SLOW, OVER_QUOTA = 240, 200, 20, 40
+# Half of those that are answered leave in mid-stream.
+STREAMS, LEAVERS, SLOW, OVER_RATE, OVER_QUOTA = 210, 230, 20, 20, 20
+KILLED, DRAINED, BEGUN = 100, 60, 8
 NEW_TOKENS = 24
 MODEL = "tiny"
 
 
 @dataclass
 class Outcome:
-    """How a connection ended: "whole", "left", or the status of a refusal."""
+    """How a connection ended: "whole", "short", "left", "error", "cut", or the status of a refusal."""
 
     kind: str
     tokens: int = 0
@@ -40,18 +46,27 @@ def request(key: str, body: dict[str, Any]) -> bytes:
     return head.encode() + content
 
 
-def body(number: int) -> dict[str, Any]:
+def body(number: int, tokens: int) -> dict[str, Any]:
     prompt = [11 + number % 300, 7, 19] * (3 + number % 20)
-    rest = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+    rest = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     return {"model": MODEL, "prompt": prompt} | rest
 
 
-async def connection(url: str, key: str, number: int, *, leaves: bool = False, slow: bool = False) -> Outcome:
+async def connection(
+    url: str,
+    key: str,
+    number: int,
+    *,
+    leaves: bool = False,
+    gate: asyncio.Event | None = None,
+    tokens: int = NEW_TOKENS,
+) -> Outcome:
+    """leaves: after three tokens. gate: reads no further than the first token before it is open."""
     host, port = url.removeprefix("http://").split(":")
-    limit = 2**10 if slow else 2**16
+    limit = 2**10 if gate else 2**16
     reader, writer = await asyncio.open_connection(host, int(port), limit=limit)
     try:
-        writer.write(request(key, body(number)))
+        writer.write(request(key, body(number, tokens)))
         await writer.drain()
         status = int((await reader.readline()).split()[1])
         while (await reader.readline()).strip():
@@ -61,25 +76,25 @@ async def connection(url: str, key: str, number: int, *, leaves: bool = False, s
             return Outcome(
                 str(status), error=json.loads(rest[rest.index("{") : rest.rindex("}") + 1])["error"]
             )
-        return await _read(reader, leaves=leaves, slow=slow)
+        return await _read(reader, leaves=leaves, gate=gate)
     finally:
         writer.transport.abort()
 
 
-async def _read(reader: asyncio.StreamReader, *, leaves: bool, slow: bool) -> Outcome:
-    tokens = 0
+async def _read(reader: asyncio.StreamReader, *, leaves: bool, gate: asyncio.Event | None) -> Outcome:
+    tokens, finish = 0, None
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
-            return Outcome("whole", tokens)
+            return Outcome("whole" if finish == "length" else "short", tokens)
         if line.startswith(b"data: "):
             found = json.loads(line[6:])
             if "error" in found:
                 return Outcome("error", tokens, found["error"])
-            tokens += 1
+            tokens, finish = tokens + 1, found["choices"][0]["finish_reason"]
             if leaves and tokens == 3:
                 return Outcome("left", tokens)
-            if slow:
-                await asyncio.sleep(0.2)
+            if gate is not None:
+                await gate.wait()
     return Outcome("cut", tokens)
 
 
@@ -93,16 +108,25 @@ async def settled(client: EventClient) -> dict[str, Any]:
     raise AssertionError(f"something runs on: {found}")
 
 
-async def storm(endpoint: Endpoint, spent: str) -> tuple[list[Outcome], list[float], dict[str, Any]]:
+async def everybody(endpoint: Endpoint, over_rate: str, over_quota: str) -> list[Outcome]:
+    """How each connection ended. Slow readers read on when all others have ended: they hold up nobody."""
+    key, url, gate = endpoint.api_key, endpoint.url, asyncio.Event()
+    slow = asyncio.gather(*(connection(url, key, n, gate=gate) for n in range(SLOW)))
+    quick = [connection(url, key, n) for n in range(STREAMS)]
+    quick += [connection(url, key, n, leaves=True) for n in range(LEAVERS)]
+    quick += [connection(url, over_rate, n) for n in range(OVER_RATE)]
+    quick += [connection(url, over_quota, n) for n in range(OVER_QUOTA)]
+    ended = await asyncio.gather(*quick)
+    assert not slow.done()
+    gate.set()
+    return ended + await slow
+
+
+async def storm(endpoint: Endpoint, *spent: str) -> tuple[list[Outcome], list[float], dict[str, Any]]:
     """(how each connection ended, latencies of short requests meanwhile, the state afterwards)."""
     client = EventClient(endpoint.url, api_key=endpoint.api_key)
     first: dict[str, Any] = await client.get("/ready")
-    key, url = endpoint.api_key, endpoint.url
-    tasks = [connection(url, key, n) for n in range(STREAMS)]
-    tasks += [connection(url, key, n, leaves=True) for n in range(LEAVERS)]
-    tasks += [connection(url, key, n, slow=True) for n in range(SLOW)]
-    tasks += [connection(url, spent, n) for n in range(OVER_QUOTA)]
-    running = asyncio.gather(*tasks)
+    running = asyncio.create_task(everybody(endpoint, *spent))
     waits: list[float] = []
     while not running.done():
         began = time.perf_counter()
@@ -117,24 +141,72 @@ async def storm(endpoint: Endpoint, spent: str) -> tuple[list[Outcome], list[flo
     return outcomes, waits, last
 
 
+async def under_load(endpoint: Endpoint, count: int, tokens: int) -> list[asyncio.Task[Outcome]]:
+    """Streams, some of which have begun while others are in line."""
+    key, url = endpoint.api_key, endpoint.url
+    tasks = [asyncio.create_task(connection(url, key, n, tokens=tokens)) for n in range(count)]
+    client = EventClient(url, api_key=key)
+    state: dict[str, Any] = {"running": 0}
+    while state["running"] < BEGUN and not all(task.done() for task in tasks):
+        await asyncio.sleep(0.02)
+        state = await client.get("/ready")
+    await client.close()
+    return tasks
+
+
+async def killed(endpoint: Endpoint) -> tuple[Counter[str], set[str]]:
+    """How streams end whose engine is killed, and the codes of their errors; then a new one is whole."""
+    tasks = await under_load(endpoint, KILLED, 200)
+    for engine in descendants(endpoint.pid):
+        os.kill(engine, signal.SIGKILL)
+    outcomes = await asyncio.gather(*tasks)
+    for _ in range(1200):
+        again = await connection(endpoint.url, endpoint.api_key, 1)
+        if again.kind == "whole":
+            break
+        assert again.kind in ("503", "error"), again
+        await asyncio.sleep(0.1)
+    assert again.kind == "whole"
+    return Counter(o.kind for o in outcomes), {o.error["code"] for o in outcomes if o.error}
+
+
+async def drained(endpoint: Endpoint) -> tuple[Counter[str], Outcome]:
+    """How streams end whose server is told to end, and how one that comes then."""
+    tasks = await under_load(endpoint, DRAINED, 100)
+    os.kill(endpoint.pid, signal.SIGTERM)
+    late = Outcome("whole")
+    while late.kind == "whole":  # the signal is on its way
+        late = await connection(endpoint.url, endpoint.api_key, 1, tokens=1)
+    outcomes = await asyncio.gather(*tasks)
+    return Counter(o.kind for o in outcomes), late
+
+
 @pytest.mark.slow
 def test_500_connections_and_everyone_gets_an_answer(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    keys = tmp_path / "keys.json"
-    args = ("--rate", "1/day", "--file", str(keys))
-    spent = cli.json("keys", "add", "spent", *args)["key"]
-    more = ("--model-name", MODEL, "--keys-file", str(keys), "--cache-tokens", "4096")
-    with serving(str(tiny), log=tmp_path / "log", args=more) as endpoint:
-        before = asyncio.run(connection(endpoint.url, spent, 0))
-        assert before.kind == "whole"
-        outcomes, waits, last = asyncio.run(storm(endpoint, spent))
+    file = tmp_path / "keys.json"
+    limits = {"rate": ("--rate", "1/day"), "quota": ("--tokens-per-day", "1")}
+    spent = [
+        cli.json("keys", "add", name, *more, "--file", str(file))["key"] for name, more in limits.items()
+    ]
+    args = ("--model-name", MODEL, "--keys-file", str(file), "--cache-tokens", "4096", "--grace", "300")
+    with serving(str(tiny), log=tmp_path / "log", args=args) as endpoint:
+        assert [asyncio.run(connection(endpoint.url, key, 0)).kind for key in spent] == ["whole"] * 2
+        outcomes, waits, last = asyncio.run(storm(endpoint, *spent))
         again = asyncio.run(connection(endpoint.url, endpoint.api_key, 1))
+        after_kill, codes = asyncio.run(killed(endpoint))
+        at_end, late = asyncio.run(drained(endpoint))
     kinds = Counter(outcome.kind for outcome in outcomes)
-    assert kinds == {"whole": STREAMS + SLOW, "left": LEAVERS, "429": OVER_QUOTA}, kinds
-    refused = [outcome.error for outcome in outcomes if outcome.kind == "429"]
-    assert {error["code"] for error in refused} == {"rate_limit_exceeded"}
+    assert kinds == {"whole": STREAMS + SLOW, "left": LEAVERS, "429": OVER_RATE + OVER_QUOTA}, kinds
+    refused = Counter(outcome.error["code"] for outcome in outcomes if outcome.kind == "429")
+    assert refused == {"rate_limit_exceeded": OVER_RATE, "insufficient_quota": OVER_QUOTA}
     assert again.kind == "whole"
     # Whoever left was computed no further than a few tokens on.
     assert last["new_generated"] < (STREAMS + SLOW + 1) * NEW_TOKENS + LEAVERS * NEW_TOKENS * 0.9
     assert last["cache_tokens"] == 0 and last["cancelled"] >= LEAVERS * 0.5
+    # None is cut off without a word: an error ends a stream, a refusal comes before it.
+    assert after_kill.total() == KILLED and after_kill["error"] > 0
+    assert set(after_kill) <= {"error", "503", "whole"} and codes == {"engine_unavailable"}
+    assert at_end == {"whole": DRAINED}
+    assert late.kind == "503" and late.error["code"] == "server_draining"
     p95 = statistics.quantiles(waits, n=20)[-1] if len(waits) > 1 else waits[0]
     print(f"p95 of {len(waits)} requests beside the storm: {p95 * 1000:.0f} ms")

@@ -20,7 +20,7 @@ import pytest
 
 from tests import warm
 from tests.make_run import make_run
-from tunesmith.workflows.verify import descendants, is_alive
+from tunesmith.workflows.verify import is_alive
 
 ENDLESS = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
 
@@ -48,10 +48,10 @@ class Server:
 
     def engines(self) -> list[int]:
         """Pids of the engines."""
-        return [pid for pid in descendants(self.process.pid) if is_alive(pid)]
+        return [pid for pid in warm.children(self.process.pid) if is_alive(pid)]
 
     def zombies(self) -> list[int]:
-        return [pid for pid in descendants(self.process.pid) if not is_alive(pid)]
+        return [pid for pid in warm.children(self.process.pid) if not is_alive(pid)]
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)

@@ -6,18 +6,17 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from tests import imports
 from tests.conftest import Cli
-from tests.docker_daemon import cache_folder
+from tests.docker_daemon import cache_folder, daemon_of, skip_or_fail
 
 DAEMON = {
     "bridge": "none",
@@ -49,13 +48,6 @@ def missing() -> str | None:
     if shutil.which("debootstrap") is None:
         return "debootstrap is not installed"
     return None
-
-
-def skip_or_fail(reason: str | None) -> None:
-    if reason and os.environ.get("TUNESMITH_REQUIRE_DOCKER"):
-        pytest.fail(f"TUNESMITH_REQUIRE_DOCKER is set, but {reason}")
-    if reason:
-        pytest.skip(reason)
 
 
 def apt_mirror(codename: str) -> str:
@@ -152,34 +144,19 @@ def test_docker_is_installed_and_configured_and_a_second_run_has_nothing_to_do(c
     ]
 
 
-def answers(root: Path) -> bool:
-    return subprocess.run(["chroot", root, "docker", "version"], capture_output=True).returncode == 0
-
-
 @pytest.mark.docker
 def test_the_dockerd_that_was_installed_runs_with_these_settings(
     cli: Cli, root: Path, tmp_path: Path
 ) -> None:
-    with (tmp_path / "log").open("wb") as log:
-        command = ["unshare", "-m", "sh", "-c", START, "sh", str(root)]
-        daemon = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        end = time.monotonic() + 30
-        while not answers(root) and daemon.poll() is None and time.monotonic() < end:
-            time.sleep(0.2)
+    command = ["unshare", "-m", "sh", "-c", START, "sh", str(root)]
+    with daemon_of(command, tmp_path / "log", ["chroot", str(root), "docker", "version"]) as daemon:
+        assert daemon, (tmp_path / "log").read_text()[-2000:]
         info = run(
             "chroot", root, "docker", "info", "-f", "{{.DockerRootDir}} {{json .RegistryConfig.Mirrors}}"
         )
-        assert info.strip() == '/data/docker ["https://your.mirror/"]', (tmp_path / "log").read_text()[-2000:]
+        assert info.strip() == '/data/docker ["https://your.mirror/"]'
         found = cli.json("setup", "--target", f"@chroot/{root}", *WANTED, "--dry-run")
         assert found["hosts"][0]["steps"] == []  # type: ignore[index]
-    finally:
-        daemon.terminate()
-        try:
-            daemon.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(daemon.pid, signal.SIGKILL)
-            daemon.wait()
 
 
 @pytest.mark.docker
@@ -326,12 +303,5 @@ def test_bad_input_is_one_clear_error(cli: Cli, tmp_path: Path) -> None:
 
 def test_pyinfra_is_loaded_only_to_apply(tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_text(json.dumps(BARE))
-    for args in (["setup", "--help"], ["setup", "--dry-run", "--facts", str(tmp_path / "facts.json")]):
-        code = (
-            "import sys\nfrom tunesmith.cli.main import main\n"
-            f"try: main({args!r})\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
-            "heavy = {'pyinfra', 'gevent', 'paramiko', 'torch', 'transformers', 'httpx', 'numpy'} & set(sys.modules)\n"
-            "assert not heavy, heavy\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    heavy = {"pyinfra", "gevent", "paramiko", "torch", "transformers", "httpx", "numpy"}
+    imports.without(heavy, "setup", "--dry-run", "--facts", str(tmp_path / "facts.json"))

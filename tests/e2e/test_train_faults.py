@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from tests import warm
 from tests.conftest import ROOT
 from tests.e2e.train_helpers import cut_back, write_recipe
 from tests.reference.conftest import make_documents, make_model, one_batch, trainer_in
@@ -68,8 +69,10 @@ def big_batches(
 
 def train_with(when: str, recipe: Path) -> tuple[int, str, RunFolder]:
     command = [sys.executable, "-m", "tests.e2e.little_memory", when, str(recipe)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stderr, RunFolder(recipe.parent / "runs" / "run")
+    pipe = subprocess.PIPE
+    process = warm.popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors, RunFolder(recipe.parent / "runs" / "run")
 
 
 @pytest.mark.slow

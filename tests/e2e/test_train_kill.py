@@ -17,6 +17,7 @@ from tunesmith.core.run_folder import RunFolder
 from tunesmith.train.metrics import final_events, loss_curve
 from tunesmith.workflows.train import train_recipe
 
+STEPS = 28
 Curves = tuple[dict[int, float], list[float]]
 
 
@@ -57,7 +58,7 @@ def test_kill_at_random_moments(tmp_path: Path, tiny: Path, method: dict[str, ob
     for name in ("never", "killed"):
         (tmp_path / name).mkdir()
     method = {"rank": 4} | method
-    steps = {"max_steps": 36}
+    steps = {"max_steps": STEPS}
     never = never_killed(write_recipe(tmp_path / "never", tiny, method=method, train=steps))
     recipe = write_recipe(tmp_path / "killed", tiny, method=method, train=steps)
     draw = random.Random(f"{method} {kills}")
@@ -76,9 +77,9 @@ def test_kill_at_random_moments(tmp_path: Path, tiny: Path, method: dict[str, ob
         during_saves += training.is_saving()
         assert_no_half_checkpoint(run)
     assert finish(recipe) == never
-    assert len(never[0]) == 36 and len(never[1]) >= 4
+    assert len(never[0]) == STEPS and len(never[1]) >= 4
     resumes = [event["step"] for event in read_events(run.events, "resume")]
-    assert any(0 < step < 36 for step in resumes), resumes
+    assert any(0 < step < STEPS for step in resumes), resumes
     assert during_saves > 0, "no kill fell into a save"
     assert not list(run.checkpoints.glob(".*.partial-*")), "leftovers of killed saves were not removed"
 

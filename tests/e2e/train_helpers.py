@@ -19,12 +19,12 @@ from tunesmith.core.run_folder import MANIFEST, RunFolder
 ROWS = 48
 
 
-def write_rows(path: Path, *, seed: int = 0, count: int = ROWS) -> Path:
-    """Questions and answers of unequal lengths."""
+def write_rows(path: Path, *, seed: int = 0, count: int = ROWS, longest: int = 20) -> Path:
+    """Questions of up to `longest` numbers and answers of unequal lengths."""
     draw = random.Random(seed)
     lines = []
     for _ in range(count):
-        numbers = [str(draw.randint(0, 99)) for _ in range(draw.randint(2, 20))]
+        numbers = [str(draw.randint(0, 99)) for _ in range(draw.randint(2, longest))]
         messages = [
             {"role": "user", "content": f"Add {' and '.join(numbers)}."},
             {"role": "assistant", "content": " ".join(numbers[: draw.randint(1, 10)])},

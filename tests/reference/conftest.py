@@ -9,17 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from peft import PeftModel
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
+from tests.tiny_models import VOCAB, make
 from tunesmith.core.events import EventLog
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.model import attention
@@ -28,35 +20,30 @@ from tunesmith.recipe.resolve import Facts, resolve, resolve_steps
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.loop import Task, Trainer
 
-VOCABULARY = 512
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-tied": {"family": "llama", "tie_word_embeddings": True},
+    "qwen2": {"family": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"family": "qwen3", "tie_word_embeddings": False},
 }
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)),
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral": {"family": "mistral"},
+    "llama-biased": {
+        "family": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
 }
 
 Document = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def make_model(kind: str) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return MODELS[kind]()
+    sizes = {"intermediate_size": 128, "max_position_embeddings": 512, "eos_token_id": 2}
+    return make(wide=False, **sizes, **(MODELS | OTHERS)[kind]).train()
 
 
-def make_documents(count: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> list[Document]:
+def make_documents(count: int, *, seed: int = 0, vocabulary: int = VOCAB) -> list[Document]:
     """Documents of 2 to 90 tokens whose last part is supervised."""
     draw = np.random.default_rng(seed)
     documents = []

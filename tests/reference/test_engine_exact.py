@@ -18,7 +18,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.model import attention
 from tunesmith.model.generate import Generator, generate
 from tunesmith.model.grammar import Grammars, GrammarSpec
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 
 # Room for one or two of the longest requests below: with more of them running, some must give way.
 SHORT = 176
@@ -213,19 +213,22 @@ def test_embeddings_are_the_mean_of_transformers_final_states(model: PreTrainedM
 
 
 @pytest.mark.slow
-def test_200_prompts_of_a_real_model_equal_transformers(smol: Path) -> None:
-    """Each token of each answer is the likeliest by transformers' own logits for what precedes it."""
+def test_varied_prompts_of_a_real_model_equal_transformers(smol: Path, whole: bool) -> None:
+    """Each token of each answer is the likeliest by transformers' own logits for what precedes it.
+
+    Of 67 prompts; with --whole, of 200.
+    """
     model = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32).eval()
-    prompts = varied_prompts(AutoTokenizer.from_pretrained(smol))
+    prompts = varied_prompts(AutoTokenizer.from_pretrained(smol))[:: 1 if whole else 3]
     arrivals = random_arrivals(prompts, seed=7, new_tokens=(1, 5), cancelled=0.1, every=1)
-    for number in range(0, 200, 50):
+    for number in range(0, len(prompts), 50):
         for arrival in arrivals[number : number + 4]:
             arrival.params, arrival.until = SamplingParams(max_new_tokens=36), None
     mine = generator(model, max_concurrent=12, prefill_tokens=64, cache_tokens=128)
     answers = run(mine, arrivals)
     assert mine.preempted > 0
     assert mine.cached_tokens > 0
-    assert len({tuple(answer.ids) for answer in answers}) > 100
+    assert len({tuple(answer.ids) for answer in answers}) > len(prompts) / 2
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.inference_mode():
             logits = model(

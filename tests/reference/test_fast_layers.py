@@ -9,27 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM
 
-from tests.reference.conftest import MODELS, SIZES, make_documents, make_model, one_batch
+from tests.reference.conftest import MODELS, OTHERS, make_documents, make_model, one_batch
 from tunesmith.model import attention
 from tunesmith.model.adapters import attach_lora
 from tunesmith.model.attention import PackedLayout
 from tunesmith.model.fast_layers import use_fast_layers
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False}
-KINDS = [*MODELS, "mistral", "llama-biased"]
+KINDS = [*MODELS, *OTHERS]
 
 
 def model_of(kind: str, method: str) -> Any:
     torch.manual_seed(0)
-    if kind == "mistral":
-        model: Any = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
-    else:
-        model = make_model(kind.removesuffix("-biased") + ("-tied" if "biased" in kind else ""))
-    if kind == "llama-biased":
-        model.config.attention_bias = model.config.mlp_bias = True
-        model = type(model)(model.config)
+    model = make_model(kind)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # all ones and zeros else
             torch.nn.init.normal_(parameter.data, 0.5, 0.5)

@@ -8,23 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from tests.unit.export.test_gguf import FAMILIES, byte_level, make, sentencepiece
+from tests.unit.export.test_gguf import FAMILIES, SMALL, byte_level, make, sentencepiece
 from tunesmith.core.errors import UserError
 from tunesmith.core.net import EventClient
+from tunesmith.export.gguf import BY_LLAMA_QUANTIZE
 from tunesmith.export.gguf_tokenizer import probe_texts
 from tunesmith.model.generate import generate
 from tunesmith.model.limits import Limits
 from tunesmith.model.load import load_model
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.serve.engine import Ask
 from tunesmith.serve.http_engine import HttpEngine
 from tunesmith.serve.llamacpp_engine import LlamaCppDriver
 from tunesmith.serve.text import Detokenizer
 from tunesmith.workflows.engines import llama_server
-from tunesmith.workflows.export_gguf import export_gguf
+from tunesmith.workflows.export_gguf import export_gguf, llama_quantize
 
 
 @pytest.fixture
@@ -35,8 +38,18 @@ def program() -> list[str]:
         pytest.skip(str(error))
 
 
-def started(program: list[str], folder: Path, tokenizer: Any, tmp_path: Path, vocab: int) -> HttpEngine:
-    done = export_gguf(str(folder), quant="f32", output=tmp_path / "gguf")
+@pytest.fixture
+def quantize() -> str:
+    try:
+        return llama_quantize("q4_k_m")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def started(
+    program: list[str], folder: Path, tokenizer: Any, tmp_path: Path, vocab: int, quant: str = "f32"
+) -> HttpEngine:
+    done = export_gguf(str(folder), quant=quant, output=tmp_path / "gguf")
     path = next(done.folder.glob("*.gguf"))
     driver = LlamaCppDriver(program, path, Detokenizer(tokenizer), 256, slots=2, threads=1)
     engine = HttpEngine(
@@ -119,5 +132,47 @@ def test_smollm2_answers_and_tokenises_as_trained(smol: Path, program: list[str]
     try:
         assert greedy(engine, prompts, params) == [one.ids for one in expected]
         assert tokenized(engine, probe_texts()) == [tokenizer(text).input_ids for text in probe_texts()]
+    finally:
+        engine.close(grace_s=0)
+
+
+@pytest.mark.parametrize("quant", BY_LLAMA_QUANTIZE)
+def test_k_quants_of_the_real_program(quant: str, quantize: str, tmp_path: Path) -> None:
+    """Blocks of 256 are used where rows have them; the values, tokenizer and stop token are the model's."""
+    wide = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512}, tie_word_embeddings=True)
+    folder = make(wide, tmp_path / "model")
+    done = export_gguf(str(folder), quant=quant, output=tmp_path / "gguf")
+    assert done.checks[0].passed and done.checks[0].difference > 0 and done.notes == ()
+    file = gguf.GGUFReader(next(done.folder.glob("*.gguf")))
+    assert {t.tensor_type.name for t in file.tensors if len(t.shape) > 1} <= {f"Q{n}_K" for n in range(2, 7)}
+    assert len(list(done.folder.glob("*.gguf"))) == 1
+    fields = file.fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    assert fields["tokenizer.chat_template"].contents() == byte_level().chat_template
+
+
+def test_rows_that_k_quants_do_not_divide_are_noted(quantize: str, tmp_path: Path) -> None:
+    folder = make(FAMILIES["llama"], tmp_path / "model")
+    (note,) = export_gguf(str(folder), quant="q4_k_m", output=tmp_path / "gguf").notes
+    assert note.startswith(
+        "q4_k_m has blocks of 256: llama.cpp stores 16 of 16 matrices, with rows of 64, 96"
+    )
+
+
+def test_smollm2_of_4_bits_answers_and_stops(
+    smol: Path, program: list[str], quantize: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smol)
+    text = "What is 2 + 2?"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    params = SamplingParams(max_new_tokens=48, stop_ids=(2,))
+    engine = started(program, smol, tokenizer, tmp_path, 49152, "q4_k_m")
+    try:
+        (answer,) = greedy(engine, [list(prompt)], params)
+        assert "4" in tokenizer.decode(answer) and len(answer) < 48
     finally:
         engine.close(grace_s=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.greedy import greedy
 from tests.make_run import stir
-from tests.reference.conftest import VOCABULARY, make_model
+from tests.reference.conftest import make_model
+from tests.tiny_models import VOCAB
+from tests.traffic import random_arrivals, run
 from tunesmith.core.errors import UserError
 from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.generate import Generator
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.load import load_model
+from tunesmith.model.requests import SamplingParams
+from tunesmith.model.served_weights import pack_weights
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.serve.engine import Ask
 from tunesmith.serve.local_engine import LocalEngine, LocalStream
 
@@ -59,8 +65,10 @@ class Case:
             self._alone[name] = PeftModel.from_pretrained(model, str(self.folders[name])) if name else model
         return greedy(self._alone[name].eval(), prompt, NEW_TOKENS, pad_token_id=0)
 
-    def generator(self, **options: Any) -> Generator:
+    def generator(self, *, packed: bool = False, **options: Any) -> Generator:
         model = make_model(self.kind).eval()
+        if packed:
+            pack_weights(model, "fp32")
         return Generator(model, max_length=128, bank=AdapterBank(model), **options)
 
 
@@ -72,23 +80,24 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def make_prompts(count: int, *, seed: int) -> list[list[int]]:
     """Prompts of 3 to 70 tokens, every third with a beginning that others have too."""
     draw = random.Random(seed)
-    shared = [draw.randrange(3, VOCABULARY) for _ in range(40)]
+    shared = [draw.randrange(3, VOCAB) for _ in range(40)]
     return [
-        (shared if i % 3 == 0 else []) + [draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(3, 31))]
+        (shared if i % 3 == 0 else []) + [draw.randrange(3, VOCAB) for _ in range(draw.randrange(3, 31))]
         for i in range(count)
     ]
 
 
 def test_the_adapters_answer_differently(case: Case) -> None:
-    prompt = make_prompts(1, seed=5)[0]
-    answers = [case.alone(name, prompt) for name in (None, *case.folders)]
-    assert len({tuple(answer) for answer in answers}) == len(answers)
+    prompts, names = make_prompts(6, seed=5), (None, *case.folders)
+    answers = {str([case.alone(name, prompt) for prompt in prompts]) for name in names}
+    assert len(answers) == len(names)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("cache_tokens", [None, 200], ids=["roomy", "full"])
-def test_mixed_batches_with_changes_in_between(case: Case, cache_tokens: int | None) -> None:
+def test_mixed_batches_with_changes_in_between(case: Case, cache_tokens: int | None, packed: bool) -> None:
     """Requests arrive at any step; adapters come, go, and come anew under the name of others."""
-    generator = case.generator(max_concurrent=7, prefill_tokens=24, cache_tokens=cache_tokens)
+    generator = case.generator(packed=packed, max_concurrent=7, prefill_tokens=24, cache_tokens=cache_tokens)
     bank, draw = generator.bank, random.Random(1)
     assert bank is not None
     bank.load("wide", case.folders["wide"])
@@ -143,7 +152,7 @@ async def answers_of(stream: LocalStream, count: int) -> list[list[int]]:
 
 def test_an_engine_that_loads_and_unloads_while_it_answers(case: Case) -> None:
     async def run() -> None:
-        engine = LocalEngine(case.generator(max_concurrent=5))
+        engine = LocalEngine(case.generator(packed=True, max_concurrent=5))
         engine.start([5, 6, 7])
         await engine.load_adapter("wide", case.folders["wide"])
         await engine.load_adapter("small", case.folders["small"])
@@ -182,7 +191,7 @@ async def leave(engine: LocalEngine, name: str) -> None:
 
 def test_embeddings_are_those_of_the_adapter(case: Case) -> None:
     async def run() -> list[list[list[float]]]:
-        engine = LocalEngine(case.generator())
+        engine = LocalEngine(case.generator(packed=True))
         engine.start([5, 6, 7])
         await engine.load_adapter("wide", case.folders["wide"])
         busy = engine.submit([Ask(prompts[0], PARAMS, "wide")])
@@ -199,3 +208,80 @@ def test_embeddings_are_those_of_the_adapter(case: Case) -> None:
             with torch.inference_mode():
                 hidden = inner.get_decoder()(torch.tensor([prompt])).last_hidden_state[0].mean(0)
             torch.testing.assert_close(torch.tensor(vector), hidden / hidden.norm(), rtol=0, atol=1e-5)
+
+
+REAL: dict[str, dict[str, Any]] = {
+    "everywhere": {"r": 4, "target_modules": "all-linear"},
+    "outer": {"r": 11, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "use_rslora": True},
+    "inner": {
+        "r": 16,
+        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+        "rank_pattern": {"up_proj": 2},
+    },
+}
+BEGINNINGS = (
+    "Below is an instruction that describes a task. Write a response that completes the request.\n\n",
+    "You are a helpful assistant who answers in one short sentence and never asks back.\nQuestion: ",
+    "",
+)
+TASKS = (
+    "Name the capital of France and the river that flows through it.",
+    "What is 17 times 3?",
+    "Write a short poem about the sea at night.",
+    "def fibonacci(n):",
+    "Explain why the sky is blue to a child.",
+    "List three fruits that are yellow:",
+    "Once upon a time there was a small dragon who",
+    "Translate to French: the cat sleeps under the table.",
+)
+
+
+def real_prompts(smol: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(smol)
+    return [tokenizer(beginning + task).input_ids for task in TASKS for beginning in BEGINNINGS]
+
+
+def tuned_model(smol: Path, folder: Path) -> PeftModel:
+    """The real model with the adapters of REAL, all noise of a scale that changes answers; saved in `folder`."""
+    model: Any = load_model(smol, dtype=torch.float32, device=torch.device("cpu")).eval()
+    model.generation_config.eos_token_id = None  # the model would end many answers at once
+    for seed, (name, settings) in enumerate(REAL.items()):
+        config = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, **settings)
+        model = get_peft_model(model, config, name) if not seed else model
+        if seed:
+            model.add_adapter(name, config)
+        stir(model, std=0.05, seed=seed, only=f".{name}.")
+    model.save_pretrained(str(folder))
+    return model.eval()
+
+
+def alone(tuned: PeftModel, name: str | None, prompt: list[int], count: int) -> list[int]:
+    if name is None:
+        with tuned.disable_adapter():
+            return greedy(tuned, prompt, count)
+    tuned.set_adapter(name)
+    return greedy(tuned, prompt, count)
+
+
+def test_a_real_model_with_adapters_of_other_ranks(smol: Path, tmp_path: Path) -> None:
+    """Prompts that begin alike, at random times, some cancelled, in a cache too short for all."""
+    tuned = tuned_model(smol, tmp_path)
+    model: Any = load_model(smol, dtype=torch.float32, device=torch.device("cpu")).eval()
+    pack_weights(model, "fp32")
+    bank = AdapterBank(model)
+    for name in REAL:
+        bank.load(name, tmp_path / name)
+    names = (None, *REAL)
+    drawn = random_arrivals(real_prompts(smol), seed=6, new_tokens=(4, 20), cancelled=0.2, every=1)
+    arrivals = [replace(arrival, adapter=names[(i % 3 + i // 6) % 4]) for i, arrival in enumerate(drawn)]
+    mine = Generator(model, max_length=128, max_concurrent=8, prefill_tokens=32, cache_tokens=112, bank=bank)
+    answers = run(mine, arrivals)
+    assert mine.preempted > 0 and mine.cached_tokens > 0
+    assert "cancelled" in {answer.finish_reason for answer in answers}
+    for arrival, answer in zip(arrivals, answers, strict=True):
+        expected = alone(tuned, arrival.adapter, arrival.prompt, arrival.params.max_new_tokens)
+        if answer.finish_reason == "cancelled":
+            expected = expected[: len(answer.ids)]
+        assert answer.ids == expected, (arrival.adapter, arrival.prompt)
+    prompt = arrivals[20].prompt
+    assert len({tuple(alone(tuned, name, prompt, 20)) for name in names}) == len(names)

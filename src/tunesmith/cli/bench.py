@@ -114,7 +114,12 @@ def serve(
     endpoint: Endpoint = typer.Option(Endpoint.completions, help="Which of the two is asked."),
     concurrency: str = typer.Option("1,8,32", help="Closed loop: clients with one request each at a time."),
     rate: str = typer.Option("", help="Open loop: requests a second at random times, such as 0.5,2."),
-    requests: int = typer.Option(8, min=1, help="Requests of a level, at least two for each client."),
+    requests: str = typer.Option(
+        "8", help="Requests of every level, at least two for each client; or a number for each, as 6,16,64."
+    ),
+    limit: float | None = typer.Option(
+        None, min=1, help="Most seconds of a level: answers under way then are cut, the rest is not sent."
+    ),
     new_tokens: int = typer.Option(128, min=1, help="Tokens of every answer."),
     prompt_tokens: str = typer.Option("60-300", help="Fewest and most tokens of a prompt, about."),
     ignore_eos: bool = typer.Option(
@@ -133,7 +138,9 @@ def serve(
     values: dict[str, Any] = {
         "target": target, "model": model, "api_key": api_key, "endpoint": endpoint.value,
         "concurrency": tuple(numbers("--concurrency", concurrency, int)),
-        "rates": tuple(numbers("--rate", rate, float)), "requests": requests, "new_tokens": new_tokens,
+        "rates": tuple(numbers("--rate", rate, float)),
+        "requests": tuple(numbers("--requests", requests, int)) or (8,), "limit_s": limit,
+        "new_tokens": new_tokens,
         "prompt_tokens": between("--prompt-tokens", prompt_tokens), "ignore_eos": ignore_eos, "seed": seed,
         "output": output, "serve_args": tuple(serve_arg or ()),
     }  # fmt: skip

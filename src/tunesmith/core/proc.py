@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -70,13 +71,28 @@ def show(
 
 
 def start(
-    args: Sequence[str], *, log: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    args: Sequence[str],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    session: bool = False,
 ) -> Process:
-    """Start a program in the background; its output goes to the file `log`."""
+    """Start a program in the background; its output goes to the file `log`.
+
+    session: as the first of a session of its own, which Ctrl-C on this terminal does not reach and
+    `end_session` ends whole.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         return subprocess.Popen(
-            list(args), cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            list(args),
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=session,
         )
 
 
@@ -121,6 +137,14 @@ def stop(process: Process, *, grace_s: float = 20.0) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
     return process.wait()
+
+
+def end_session(process: Process, *, grace_s: float) -> int:
+    """`stop`, then end whatever the program has left running in its session. Returns its exit code."""
+    code = stop(process, grace_s=grace_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return code
 
 
 def _check_installed(program: str) -> None:

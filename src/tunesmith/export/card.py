@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+QUANTISED = "Beside the same weights in fp32; losses are in nats a token, on rows that were not trained on."
 LICENSE_NOTE = "The licence of the base model applies to this model too."
 
 
@@ -14,7 +15,7 @@ class CardFacts:
     """All that a card tells; every number is measured, what is unknown is left out."""
 
     name: str
-    kind: str  # "adapter" or "merged"
+    kind: str  # "adapter", "merged", "int8" or "awq"
     base: str
     base_revision: str | None = None
     base_license: str | None = None
@@ -24,6 +25,7 @@ class CardFacts:
     data: Sequence[Mapping[str, Any]] = ()
     results: Mapping[str, Any] = field(default_factory=dict)
     checks: Sequence[Mapping[str, Any]] = ()
+    quantised: Mapping[str, Any] = field(default_factory=dict)  # beside the same weights in fp32
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -40,6 +42,8 @@ def card(facts: CardFacts) -> str:
         parts += ["## Data", _rows(facts.data)]
     if facts.checks:
         parts += ["## Checks of this export", *map(_check, facts.checks)]
+    if facts.quantised:
+        parts += ["## Quantised", QUANTISED, _table(facts.quantised, "what", "value")]
     parts += ["## Use", _usage(facts)]
     if facts.recipe:
         parts += ["## Recipe", f"```yaml\n{facts.recipe.strip()}\n```"]
@@ -65,7 +69,7 @@ def _intro(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    if facts.kind == "merged":
+    if facts.kind != "adapter":
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
@@ -79,7 +83,12 @@ def _usage(facts: CardFacts) -> str:
     lines.append(
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")  # with the chat template of the training'
     )
-    return "```python\n" + "\n".join(lines) + "\n```\n\nOr serve it: `tunesmith serve FOLDER`."
+    code = "```python\n" + "\n".join(lines) + "\n```\n\n"
+    if facts.kind in ("adapter", "merged"):
+        return code + "Or serve it: `tunesmith serve FOLDER`."
+    return (
+        code + "transformers needs the package `compressed-tensors` for it. Or serve it: `vllm serve FOLDER`."
+    )
 
 
 def _table(values: Mapping[str, Any], left: str, right: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import RunFailed, UserError
 from tunesmith.export.gguf_tokenizer import GgufTokenizer
-from tunesmith.model.load import context_length
+from tunesmith.model.config import context_length
 
 # model_type of transformers: architecture of GGUF. Mistral's computation is Llama's.
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -35,6 +35,7 @@ DIRECT = (*PLAIN, *BLOCK_BOUNDS)
 # Those that only llama.cpp's own program writes.
 BY_LLAMA_QUANTIZE = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 BLOCK = 32
+K_BLOCK = 256  # of the k-quants
 # Largest |stored - trained| / |trained| (Frobenius norms) of a tensor that still counts as the same one.
 K_QUANT_BOUND = {"q2": 0.6, "q3": 0.35, "q4": 0.2, "q5": 0.1, "q6": 0.05}
 
@@ -293,7 +294,7 @@ def _plan(model: GgufModel, fmt: str) -> list[_Entry]:
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"--to gguf: the weight '{key}' has no place in a {model.architecture} file")
-        plan.append(_Entry(name, tensor, _kind(name, tensor, fmt), _heads(model, key)))
+        plan.append(_Entry(name, tensor, _kind(name, tensor, fmt), heads_to_reorder(config, key)))
     return plan
 
 
@@ -309,12 +310,13 @@ def _kind(name: str, tensor: Tensor, fmt: str) -> Any:
     return gguf.GGMLQuantizationType["Q8_0" if outer else fmt.upper()]
 
 
-def _heads(model: GgufModel, key: str) -> int | None:
-    if model.architecture not in PERMUTED:
+def heads_to_reorder(config: Any, key: str) -> int | None:
+    """By how many heads the rows of the weight `key` are reordered for rope; None where they are not."""
+    if FAMILIES[config.model_type] not in PERMUTED:
         return None
     if ".q_proj." in key:
-        return int(model.config.num_attention_heads)
-    return int(model.config.num_key_value_heads) if ".k_proj." in key else None
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in key else None
 
 
 # -- checking ----------------------------------------------------------------------------------------

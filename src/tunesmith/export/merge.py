@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from tunesmith.core.errors import RunFailed
+from tunesmith.export.check import Check
 from tunesmith.export.probes import probe_logits, relative_difference, rounding_noise
 from tunesmith.model.adapters import merge_adapter
 from tunesmith.model.load import load_model
@@ -24,23 +24,6 @@ from tunesmith.model.weights import weight_files
 FP32_BOUND = 1e-4
 # Rounded weights may move the logits as far as random noise of one rounding does, with room for chance.
 NOISE_FACTOR = 4.0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison of logits: difference and bound are relative to the largest logit."""
-
-    name: str
-    difference: float
-    bound: float
-    source: str
-
-    @property
-    def passed(self) -> bool:
-        return self.difference <= self.bound
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": self.passed}
 
 
 def write_merged(
@@ -101,12 +84,12 @@ def write_plain(
     model.generation_config = GenerationConfig()
     with quiet():
         model.save_pretrained(folder)
-    _check_files(model, folder)
+    check_files(model, folder)
     stored = load_model(folder, dtype=torch.float32, device="cpu", trust_remote_code=trust_remote_code)
     return _hold(_stored_check(stored, rounded, reference, dtype, prompts))
 
 
-def _check_files(model: Any, folder: Path) -> None:
+def check_files(model: Any, folder: Path) -> None:
     """Raise RunFailed unless the tensors in the files are the model's, bit for bit, and finite."""
     state = model.state_dict()
     for path in weight_files(folder):

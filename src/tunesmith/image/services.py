@@ -22,6 +22,7 @@ SECRETS = PurePosixPath("/run/secrets")
 NAMES = ("lab", "train", "serve")
 LAB_PORT = 8888
 SERVE_PORT = 8000
+SERVE_CLOSING_S = 7  # after the last of the running requests
 NOTEBOOK = "quickstart.ipynb"
 SHM_SHARE = 4
 MAX_SHM_GIB = 64
@@ -92,7 +93,8 @@ class Options:
     """What the caller wants, and what the host has.
 
     Folders are absolute paths of the host. `recipe` is needed by train; `run` (a run folder, or a model's
-    name) by serve. `shm_gib`: shared memory of each container, else `shm_size_gib` of the host's memory.
+    name) by serve. `serve_grace_s`: what serve gives running requests when it ends. `shm_gib`: shared memory
+    of each container, else `shm_size_gib` of the host's memory.
     `host_network`: no network of their own; the programs inside then listen on `bind` themselves.
     """
 
@@ -113,6 +115,7 @@ class Options:
     bind: str = "127.0.0.1"
     lab_port: int = LAB_PORT
     serve_port: int = SERVE_PORT
+    serve_grace_s: float = 8.0
     lab_password: bool = False
     host_network: bool = False
     ipc: Ipc = "private"
@@ -224,7 +227,7 @@ def _serve(options: Options) -> Service:
         environment=_environment(),
         secrets=(key,),
         restart="unless-stopped",
-        grace_s=15,
+        grace_s=int(options.serve_grace_s) + SERVE_CLOSING_S,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -15,8 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.core.errors import UserError
-from tunesmith.model.adapter_slots import Part, Pass, Stack, install_slots, joined, own_stack, slot_of
+from tunesmith.model.adapter_slots import (
+    Adapter,
+    Part,
+    Pass,
+    Stack,
+    Turn,
+    Work,
+    install_slots,
+    joined,
+    own_stack,
+    slot_of,
+)
+from tunesmith.model.limits import check_adapter
 from tunesmith.model.lora_files import MAX_RANK, read_lora
 
 Span = tuple[str | None, int]
@@ -24,14 +36,6 @@ Stacks = tuple[Stack | None, ...]
 # A span of at least so many tokens is computed with its own adapter alone: a product with every adapter's
 # matrices would cost it more than two products of its own (measured on SmolLM2-135M, eight adapters of r=8).
 LONG_SPAN = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter that was read: its matrices for each group of the bank's layers."""
-
-    stacks: Stacks
-    num_bytes: int
 
 
 class AdapterBank:
@@ -48,7 +52,8 @@ class AdapterBank:
         found = ((name, part, features(part)) for name, part in model.named_modules())
         layers = {name: (part, sizes) for name, part, sizes in found if sizes is not None}
         self._features = {name: sizes for name, (_, sizes) in layers.items()}
-        self._groups = install_slots({name: part for name, (part, _) in layers.items()})
+        self._turn = Turn()
+        self._groups = install_slots({name: part for name, (part, _) in layers.items()}, self._turn)
         self._adapters: dict[str, Adapter] = {}
         self._versions: dict[str, int] = {}
         self._num_loads = 0
@@ -71,9 +76,7 @@ class AdapterBank:
 
     def check(self, name: str | None) -> None:
         """Raise UserError, naming the loaded ones, when no adapter has this name; None is the base."""
-        if name is not None and name not in self._adapters:
-            loaded = ", ".join(self._adapters) or "none"
-            raise UserError(f"no adapter '{name}' is loaded", hint=f"loaded: {loaded}")
+        check_adapter(name, self._adapters)
 
     def load(self, name: str, folder: Path) -> None:
         """Serve the adapter in `folder` (peft's format) as `name`; one of that name is replaced.
@@ -116,17 +119,15 @@ class AdapterBank:
 
         A span is (name of its adapter or None for the base, number of tokens). Not to be nested.
         """
-        current = self._plan(spans)
-        if current is None:
-            yield
-            return
+        for name, _ in spans:
+            self.check(name)
+        whose = [(None if name is None else self._adapters[name], count) for name, count in spans]
+        if any(adapter is not None and count for adapter, count in whose):
+            self._turn.current = Pass(whose, partial(self._split, tuple(spans)))
         try:
-            for index, group in enumerate(self._groups):
-                group.begin(current, index)
             yield
         finally:
-            for group in self._groups:
-                group.end()
+            self._turn.end()
 
     def add_(self, layer: nn.Module, x: Tensor, y: Tensor, spans: Sequence[Span]) -> Tensor:
         """Add the updates of one layer, such as the head, to its output in place; returns y.
@@ -134,30 +135,21 @@ class AdapterBank:
         x [rows, D] and y [rows, N] were computed outside of `selected`; the spans are those of the rows.
         """
         slot = slot_of(layer)
-        index = None if slot is None else self._groups.index(slot.group)
-        if (
-            slot is None
-            or index is None
-            or not any(name and self._adapters[name].stacks[index] for name, _ in spans)
-        ):
+        adapters = (self._adapters[name] for name, _ in spans if name is not None)
+        if slot is None or not any(adapter.stacks[slot.group.index] for adapter in adapters):
             return y
         with self.selected(spans):
             return slot.add_(x, y)
 
-    def _plan(self, spans: Sequence[Span]) -> Pass | None:
-        """None when no token has an adapter."""
-        for name, _ in spans:
-            self.check(name)
+    def _split(self, spans: Sequence[Span]) -> Work:
         runs = [run for run in _runs(spans) if run.names]
-        if not runs:
-            return None
         together = self._together({name for run in runs if len(run.names) > 1 for name in run.names})
         parts = []
         for run in runs:
             names = run.names if len(run.names) == 1 else together
             parts.append(Part(run.first, run.count, names, run.owners(names, self._device)))
         stacks = {part.names: self._stacks(part.names) for part in parts}
-        return Pass(sum(count for _, count in spans), tuple(parts), stacks)
+        return Work(tuple(parts), stacks)
 
     @property
     def _device(self) -> torch.device:

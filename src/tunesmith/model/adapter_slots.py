@@ -10,8 +10,9 @@ Shapes: T tokens of a pass, D input features, N output features, R sum of the ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -66,6 +67,18 @@ def joined(stacks: Sequence[Stack | None]) -> Stack | None:
     return Stack(a, tuple(b), ranks)
 
 
+@dataclass(eq=False, slots=True)
+class Adapter:
+    """An adapter that was read: its matrices for each group of a bank's layers.
+
+    table: the same for the kernels (fused_adapters), from its first pass there on.
+    """
+
+    stacks: tuple[Stack | None, ...]
+    num_bytes: int
+    table: Any = None
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Tokens first … first + count - 1 of a pass, with the adapters `names` in their stacks.
@@ -92,20 +105,53 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """A pass of `num_tokens`: the parts that have adapters; stacks[names][i] is for group i."""
+class Work:
+    """The parts of a pass that have adapters; stacks[names][i] is for group i."""
 
-    num_tokens: int
     parts: tuple[Part, ...]
     stacks: Mapping[tuple[str, ...], Sequence[Stack | None]]
 
 
-class Group:
-    """Layers that get the same input, and the products with it that this pass has computed."""
+class Pass:
+    """A pass whose tokens are the spans' one after the other; at least one has an adapter.
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.active = False
+    split: makes the work of it, which those who compute from the spans themselves do not need.
+    """
+
+    def __init__(self, spans: Sequence[tuple[Adapter | None, int]], split: Callable[[], Work]) -> None:
+        self.spans, self._split = spans, split
+        self.num_tokens = sum(count for _, count in spans)
+
+    @cached_property
+    def work(self) -> Work:
+        """Made at the first call."""
+        return self._split()
+
+
+class Turn:
+    """Whose turn it is on the layers of a bank: the pass that is computed, None for one without adapters."""
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+        self.begun: list[Group] = []
+
+    def end(self) -> None:
+        """Forget the pass and what was computed of it."""
+        self.current = None
+        for group in self.begun:
+            group.end()
+        self.begun.clear()
+
+
+class Group:
+    """Layers that get the same input, and the products with it that this pass has computed.
+
+    index: the group's place among those of its bank.
+    """
+
+    def __init__(self, names: tuple[str, ...], index: int, turn: Turn) -> None:
+        self.names, self.index, self.turn = names, index, turn
+        self._begun: Pass | None = None
         self._layers: list[tuple[Any, RemovableHandle]] = []
         self._work: list[tuple[Part, Stack]] = []
         self._num_tokens = 0
@@ -124,15 +170,24 @@ class Group:
             del layer.adapter_slot
         self._layers = []
 
-    def begin(self, current: Pass, index: int) -> None:
-        """Take this group's work of a pass; `index` is its place among the groups."""
-        stacks = ((part, current.stacks[part.names][index]) for part in current.parts)
+    @property
+    def active(self) -> bool:
+        """True when the pass has an adapter on a layer of the group."""
+        current = self.turn.current
+        if current is not None and current is not self._begun:
+            self._begin(current)
+        return current is not None and bool(self._work)
+
+    def _begin(self, current: Pass) -> None:
+        work = current.work
+        stacks = ((part, work.stacks[part.names][self.index]) for part in work.parts)
         self._work = [(part, stack) for part, stack in stacks if stack is not None]
-        self._num_tokens = current.num_tokens
-        self.active = bool(self._work)
+        self._num_tokens, self._begun = current.num_tokens, current
+        self.turn.begun.append(self)
 
     def end(self) -> None:
-        self.active, self._work, self._x, self._z = False, [], None, []
+        """Forget the pass."""
+        self._begun, self._work, self._x, self._z = None, [], None, []
 
     def add_(self, place: int, x: Tensor, y: Tensor) -> None:
         """Add the update of the group's layer number `place` to its output."""
@@ -177,10 +232,10 @@ class AdapterSlot:
     afterwards; given the same tensor x for all layers that share it, their first product is shared.
     """
 
-    __slots__ = ("_place", "group")
+    __slots__ = ("group", "place")
 
     def __init__(self, group: Group, place: int) -> None:
-        self.group, self._place = group, place
+        self.group, self.place = group, place
 
     @property
     def active(self) -> bool:
@@ -190,7 +245,7 @@ class AdapterSlot:
     def add_(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the update to the layer's output in place: x [..., D] its input, y [..., N]. Returns y."""
         if self.group.active:
-            self.group.add_(self._place, x, y)
+            self.group.add_(self.place, x, y)
         return y
 
     def hook(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
@@ -204,9 +259,9 @@ def slot_of(layer: nn.Module) -> AdapterSlot | None:
     return found
 
 
-def install_slots(layers: Mapping[str, Any]) -> list[Group]:
+def install_slots(layers: Mapping[str, Any], turn: Turn) -> list[Group]:
     """Give every linear layer, by its dotted name, a slot and the hook; the groups that they form."""
-    groups = [Group(names) for names in _grouped(layers)]
+    groups = [Group(names, index, turn) for index, names in enumerate(_grouped(layers))]
     for group in groups:
         for name in group.names:
             group.join(layers[name])

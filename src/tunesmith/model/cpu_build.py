@@ -20,8 +20,8 @@ from tunesmith.core import proc
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.paths import cache_dir, locked, sha256_json, sync_tree
 
-SOURCES = ("cpu_kernels.cpp", "cpu_products.cpp", "cpu_layers.cpp")
-HEADERS = ("cpu_kernels.h", "cpu_products.h")
+SOURCES = ("cpu_kernels.cpp", "cpu_products.cpp", "cpu_adapters.cpp", "cpu_layers.cpp", "cpu_decode.cpp")
+HEADERS = ("cpu_kernels.h", "cpu_adapters.h", "cpu_products.h")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 BUILD_S = 300.0
 FOLDER = "TUNESMITH_KERNELS"

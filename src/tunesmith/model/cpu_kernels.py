@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [_INT, *[_ADDRESS] * 2, _FLOAT, *[_NUMBER] * 2, _ADDRESS],
     "rotate": [_INT, *[_ADDRESS] * 2, _FLOAT, *[_ADDRESS] * 2, _NUMBER, *[_INT] * 2],
     "swiglu": [_INT, *[_ADDRESS] * 2, *[_NUMBER] * 2],
-    "before_attention": [_INT, *[_ADDRESS] * 2, _NUMBER, *[_ADDRESS] * 6],
-    "after_attention": [_INT, *[_ADDRESS] * 2, _NUMBER, *[_ADDRESS] * 3],
+    "before_attention": [_INT, *[_ADDRESS] * 2, _NUMBER, _ADDRESS, _NUMBER, *[_ADDRESS] * 6],
+    "decode_layers": [_INT, _ADDRESS],
+    "after_attention": [_INT, *[_ADDRESS] * 2, _NUMBER, _ADDRESS, _NUMBER, *[_ADDRESS] * 3],
 }
 
 
@@ -63,6 +64,45 @@ class Layer(ctypes.Structure):
         *[(name, ctypes.c_float) for name in ("eps", "post_eps", "q_eps", "k_eps")],
         *[(name, ctypes.c_int32) for name in ("heads", "key_heads", "head_size")],
     )
+
+
+class Update(ctypes.Structure):
+    """Of an adapter on one projection; as in cpu_adapters.h, also those below."""
+
+    _fields_ = (("b", ctypes.c_void_p), ("column", ctypes.c_int32), ("rank", ctypes.c_int32))
+
+
+class LayerUpdates(ctypes.Structure):
+    """Of an adapter on one layer: four inputs, seven projections."""
+
+    _fields_ = (("a", ctypes.c_void_p * 4), ("to", Update * 7), ("ranks", ctypes.c_int32 * 4))
+
+
+class RowGroup(ctypes.Structure):
+    """Rows of a pass that have the same adapter."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("which", "first", "count"))
+
+
+class PassAdapters(ctypes.Structure):
+    """The adapters of a pass."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("adapters", "owner", "order", "groups", "z")],
+        *[(name, ctypes.c_int64) for name in ("num_groups", "step")],
+    )
+
+
+class OnLayer(NamedTuple):
+    """A decoder layer, its number, and the adapters of the pass, if it has any."""
+
+    layer: Layer
+    number: int
+    adapters: PassAdapters | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        adapters = None if self.adapters is None else ctypes.byref(self.adapters)
+        return ctypes.byref(self.layer), adapters, self.number
 
 
 class Kernels:
@@ -209,12 +249,12 @@ class Kernels:
         return gate
 
     def before_attention(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, normed: Tensor, qkv: tuple[Tensor, ...]
+        self, on: OnLayer, x: Tensor, cos: Tensor, sin: Tensor, normed: Tensor, qkv: tuple[Tensor, ...]
     ) -> None:
         """x [T, D] -> q, k, v [T, heads, Dh]: norm, products, heads' norms, rotation. normed [T, D]: room."""
         self._library.before_attention(
             torch.get_num_threads(),
-            ctypes.byref(layer),
+            *on.arguments(),
             x.data_ptr(),
             len(x),
             cos.data_ptr(),
@@ -223,11 +263,15 @@ class Kernels:
             *(part.data_ptr() for part in qkv),
         )
 
-    def after_attention(self, layer: Layer, x: Tensor, seen: Tensor, normed: Tensor, inner: Tensor) -> None:
+    def decode_layers(self, decode: ctypes.Structure) -> None:
+        """All layers of a pass in which each row brings one token: a `decode_pass.Decode`."""
+        self._library.decode_layers(torch.get_num_threads(), ctypes.byref(decode))
+
+    def after_attention(self, on: OnLayer, x: Tensor, seen: Tensor, normed: Tensor, inner: Tensor) -> None:
         """In place: x [T, D] += o(seen [T, H · Dh]), then += the MLP of its norm. inner [T, I]: room."""
         self._library.after_attention(
             torch.get_num_threads(),
-            ctypes.byref(layer),
+            *on.arguments(),
             x.data_ptr(),
             len(x),
             seen.data_ptr(),

@@ -102,25 +102,33 @@ EXPORTED void swiglu(int threads, float* gate, const float* up, int64_t rows, in
   });
 }
 
-// x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh], q and k turned. normed [T, D]: room.
-EXPORTED void before_attention(int threads, const Layer* layer, const float* x, int64_t rows, const float* cos,
-                               const float* sin, float* normed, float* q, float* k, float* v) {
+// x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh], q and k turned. normed [T, D]: room. adapters: or none.
+EXPORTED void before_attention(int threads, const Layer* layer, const Adapters* adapters, int64_t number,
+                               const float* x, int64_t rows, const float* cos, const float* sin, float* normed,
+                               float* q, float* k, float* v) {
   const Layer& l = *layer;
+  const LayerAdapters on{adapters, number};
   norm_rows(threads, x, l.norm, l.eps, rows, l.q.inputs, normed);
-  const Target targets[] = {
-      {&l.q, q, l.q.outputs, false}, {&l.k, k, l.k.outputs, false}, {&l.v, v, l.v.outputs, false}};
+  multiply_a(threads, on, TO_QKV, normed, l.q.inputs);
+  const Target targets[] = {{&l.q, q, l.q.outputs, false, on, Q},
+                            {&l.k, k, l.k.outputs, false, on, K},
+                            {&l.v, v, l.v.outputs, false, on, V}};
   multiply(threads, normed, rows, targets, 3);
   turn_rows(threads, q, l.q_norm, l.q_eps, cos, sin, rows, l.heads, l.head_size);
   turn_rows(threads, k, l.k_norm, l.k_eps, cos, sin, rows, l.key_heads, l.head_size);
 }
 
 // x [T, D] += o(seen), then x += down(silu(gate(norm x)) * up(norm x)). normed [T, D], inner [T, I]: room.
-EXPORTED void after_attention(int threads, const Layer* layer, float* x, int64_t rows, const float* seen,
-                              float* normed, float* inner) {
+EXPORTED void after_attention(int threads, const Layer* layer, const Adapters* adapters, int64_t number, float* x,
+                              int64_t rows, const float* seen, float* normed, float* inner) {
   const Layer& l = *layer;
-  const Target out{&l.o, x, l.o.outputs, true}, down{&l.down, x, l.down.outputs, true};
+  const LayerAdapters on{adapters, number};
+  const Target out{&l.o, x, l.o.outputs, true, on, O}, down{&l.down, x, l.down.outputs, true, on, DOWN};
+  multiply_a(threads, on, TO_O, seen, l.o.inputs);
   multiply(threads, seen, rows, &out, 1);
   norm_rows(threads, x, l.post_norm, l.post_eps, rows, l.gate.inputs, normed);
-  multiply_swiglu(threads, normed, rows, l.gate, l.up, inner);
+  multiply_a(threads, on, TO_GATE_UP, normed, l.gate.inputs);
+  multiply_swiglu(threads, normed, rows, l.gate, l.up, on, inner);
+  multiply_a(threads, on, TO_DOWN, inner, l.down.inputs);
   multiply(threads, inner, rows, &down, 1);
 }

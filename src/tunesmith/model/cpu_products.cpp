@@ -189,8 +189,9 @@ void finish(const Matrix& m, int64_t panel, float* sums) {
 
 void deliver(const Target& target, int64_t row, int64_t panel, float* sums) {
   finish(*target.matrix, panel, sums);
-  const int64_t first = panel * PANEL;
-  const int count = (int)std::min<int64_t>(PANEL, target.matrix->outputs - first);
+  const int64_t first = panel * PANEL, outputs = target.matrix->outputs;
+  const int count = (int)std::min<int64_t>(PANEL, outputs - first);
+  add_update(target.adapters, target.projection, row, first, count, outputs, sums);
   float* to = target.out + row * target.step + first;
   if (target.onto)
     for (int i = 0; i < count; ++i) to[i] += sums[i];
@@ -227,7 +228,8 @@ void multiply(int threads, const float* x, int64_t rows, const Target* targets, 
   });
 }
 
-void multiply_swiglu(int threads, const float* x, int64_t rows, const Matrix& gate, const Matrix& up, float* out) {
+void multiply_swiglu(int threads, const float* x, int64_t rows, const Matrix& gate, const Matrix& up,
+                     const LayerAdapters& adapters, float* out) {
   for_rows_and(threads, rows, gate.num_panels(), [&](int64_t first, int64_t some, int64_t item) {
     const Matrix* m[2] = {&gate, &up};
     const int64_t panel[2] = {item, item};
@@ -236,6 +238,7 @@ void multiply_swiglu(int threads, const float* x, int64_t rows, const Matrix& ga
     alignas(64) float open[PANEL];
     rows_times(x + first * gate.inputs, some, m, panel, 2, [&](int64_t row, int p, float* sums) {
       finish(*m[p], item, sums);
+      add_update(adapters, p == 0 ? GATE : UP, first + row, column, count, gate.outputs, sums);
       if (p == 0) {
         for (int i = 0; i < PANEL; i += LANES) {
           const Floats g = load(sums + i);
@@ -320,6 +323,6 @@ EXPORTED void unpack(int threads, const Matrix* m, float* out) {
 }
 
 EXPORTED void product(int threads, const Matrix* matrix, const float* x, int64_t rows, float* out) {
-  const Target target{matrix, out, matrix->outputs, false};
+  const Target target{matrix, out, matrix->outputs, false, {}, {}};
   multiply(threads, x, rows, &target, 1);
 }

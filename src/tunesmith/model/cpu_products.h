@@ -1,6 +1,6 @@
 // Products of few or many rows with a matrix whose weights are read once, widened in registers.
 #pragma once
-#include "cpu_kernels.h"
+#include "cpu_adapters.h"
 
 // A panel holds the weights of this many neighbouring outputs, input after input.
 constexpr int PANEL = 2 * LANES;
@@ -22,15 +22,18 @@ struct Matrix {
   int64_t num_blocks() const { return (inputs + BLOCK - 1) / BLOCK; }
 };
 
-// out [rows, step] = matrix times x, or that added to what is there.
+// out [rows, step] = matrix times x with the rows' own updates, or that added to what is there.
 struct Target {
   const Matrix* matrix;
   float* out;
   int64_t step;
   bool onto;
+  LayerAdapters adapters;
+  Projection projection;
 };
 
 void multiply(int threads, const float* x, int64_t rows, const Target* targets, int count);
 
 // out [rows, outputs] = silu(gate x) * up x.
-void multiply_swiglu(int threads, const float* x, int64_t rows, const Matrix& gate, const Matrix& up, float* out);
+void multiply_swiglu(int threads, const float* x, int64_t rows, const Matrix& gate, const Matrix& up,
+                     const LayerAdapters& adapters, float* out);

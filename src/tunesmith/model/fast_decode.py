@@ -3,8 +3,8 @@
     norm -> q, k, v -> rotation | attention | o + residual -> norm -> gate, up -> SwiGLU -> down + residual
 
 Layers of the Llama family go this way. A layer whose weights are packed (served_weights) is two calls; one
-whose linear layers are plain, or have adapters in this pass, calls these and computes the rest in kernels.
-Any other model, and any with hooks, is computed by transformers.
+whose linear layers are plain, or have other hooks than an adapter bank's, calls these and computes the rest
+in kernels. Any other model, and any with hooks, is computed by transformers.
 
 Shapes: T tokens, D hidden size, H query heads, Hkv key heads, Dh head size, I intermediate size.
 """
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model import attention, cpu_kernels
-from tunesmith.model.adapter_slots import slot_of
+from tunesmith.model.adapter_slots import Turn, slot_of
 from tunesmith.model.attention import Layout
-from tunesmith.model.cpu_kernels import Kernels, Layer, Matrix
+from tunesmith.model.cpu_kernels import Kernels, Layer, Matrix, OnLayer, PassAdapters
+from tunesmith.model.decode_pass import DecodePass
 from tunesmith.model.fast_layers import ATTENTION, LAYERS, MLP
+from tunesmith.model.fused_adapters import FusedPass
+from tunesmith.model.kv_cache import CacheLayout
 from tunesmith.model.served_weights import PackedLinear
 
 Forward = Callable[[Tensor, Tensor, Layout], Tensor]
@@ -72,6 +75,10 @@ class _FastForward:
         self._layers = [_FastLayer(layer, kernels) for layer in self._decoder.layers]
         self._linears = [part for layer in self._layers for part in layer.linears]
         self._is_packed = all(layer.packed is not None for layer in self._layers)
+        self._numbers = [layer.number for layer in self._layers]
+        packed = [layer.packed for layer in self._layers if layer.packed is not None]
+        alike = self._is_packed and len({layer.shape for layer in self._layers}) == 1
+        self._decode = DecodePass(kernels, packed, self._layers[0].scale) if alike else None
         called = {id(part) for part in (*self._linears, self._decoder.embed_tokens, self._decoder.rotary_emb)}
         # Modules that are not called here, so that hooks of theirs would be passed over.
         self._passed_over = [model, *(part for part in self._decoder.modules() if id(part) not in called)]
@@ -81,24 +88,44 @@ class _FastForward:
             return self._slow(input_ids, positions, layout)
         x = self._decoder.embed_tokens(input_ids)[0].float().contiguous()
         cos, sin = (part[0].contiguous() for part in self._decoder.rotary_emb(x[None], positions))
-        where = _Pass(x, cos, sin, layout)
-        plain = self._is_packed and all(map(_is_plain, self._linears))
-        room = self._layers[0].room(len(x)) if plain else None
-        for layer in self._layers:
-            layer.advance(where, room)
+        where, turn = _Pass(x, cos, sin, layout), _turn_of(self._linears[0])
+        if self._is_packed and all(_is_plain(linear, turn) for linear in self._linears):
+            self._fused(where, turn)
+        else:
+            for layer in self._layers:
+                layer.by_modules(where)
         norm = self._decoder.norm
         return self._kernels.rms_norm(x, norm.weight, norm.variance_epsilon)[None]
+
+    def _fused(self, where: _Pass, turn: Turn | None) -> None:
+        current = None if turn is None else turn.current
+        if current is not None and current.num_tokens != len(where.x):
+            raise RuntimeError(f"{len(where.x)} tokens in a pass of {current.num_tokens}")
+        adapters = None if current is None else FusedPass(current, [part.linears for part in self._layers])
+        paged = where.layout.paged(self._numbers) if isinstance(where.layout, CacheLayout) else None
+        if paged is not None and self._decode is not None:
+            given = None if adapters is None else adapters.given
+            self._decode.run_(where.x, where.cos, where.sin, paged, given)
+            return
+        room = self._layers[0].room(len(where.x), None if adapters is None else adapters.given)
+        for number, layer in enumerate(self._layers):
+            layer.fused(number, where, room)
 
 
 def _has_hooks(part: nn.Module) -> bool:
     return bool(part._forward_hooks or part._forward_pre_hooks)
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """True when calling the layer gives its product and no more: no hook but an idle adapter bank's."""
+def _turn_of(linear: nn.Module) -> Turn | None:
+    # getattr would go through nn.Module's search for what is not there.
     slot = slot_of(linear) if "adapter_slot" in linear.__dict__ else None
-    idle = slot is None or not slot.active
-    return idle and not linear._forward_pre_hooks and len(linear._forward_hooks) == (slot is not None)
+    return None if slot is None else slot.group.turn
+
+
+def _is_plain(linear: nn.Module, turn: Turn | None) -> bool:
+    """True when calling the layer gives its product and no more but what the bank of `turn` adds."""
+    own = _turn_of(linear) is turn
+    return own and not linear._forward_pre_hooks and len(linear._forward_hooks) == (turn is not None)
 
 
 class _Pass(NamedTuple):
@@ -116,6 +143,7 @@ class _Room(NamedTuple):
     normed: Tensor
     qkv: tuple[Tensor, Tensor, Tensor]
     inner: Tensor
+    adapters: PassAdapters | None
 
 
 class _FastLayer:
@@ -126,6 +154,9 @@ class _FastLayer:
         self.linears: list[Any] = [getattr(self._attention, name) for name in ATTENTION]
         self.linears += [getattr(self._mlp, name) for name in MLP]
         self._head_size: int = self._attention.head_dim
+        self.number: int = self._attention.layer_idx
+        self.scale: float = self._attention.scaling
+        self.shape = (self.scale, self._head_size, *((p.in_features, p.out_features) for p in self.linears))
         self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._head_norms = tuple(getattr(self._attention, name, None) for name in ("q_norm", "k_norm"))
         matrices = [part.matrix for part in self.linears if isinstance(part, PackedLinear)]
@@ -143,24 +174,23 @@ class _FastLayer:
             self._head_size,
         )
 
-    def room(self, num_tokens: int) -> _Room:
+    def room(self, num_tokens: int, adapters: PassAdapters | None) -> _Room:
         q, k, v, _, gate, _, _ = self.linears
         size = self._head_size
         heads_of = [torch.empty(num_tokens, part.out_features // size, size) for part in (q, k, v)]
         normed, inner = (torch.empty(num_tokens, n) for n in (q.in_features, gate.out_features))
-        return _Room(normed, (heads_of[0], heads_of[1], heads_of[2]), inner)
+        return _Room(normed, (heads_of[0], heads_of[1], heads_of[2]), inner, adapters)
 
-    def advance(self, where: _Pass, room: _Room | None) -> None:
-        """Compute the layer; without room by calling its linear layers, adapters and hooks included."""
-        if room is None or self.packed is None:
-            self._by_modules(where)
-            return
-        x, kernels = where.x, self._kernels
-        kernels.before_attention(self.packed, x, where.cos, where.sin, room.normed, room.qkv)
+    def fused(self, number: int, where: _Pass, room: _Room) -> None:
+        """Compute the layer, the model's number `number`, whose linear layers are packed."""
+        assert self.packed is not None
+        x, kernels, on = where.x, self._kernels, OnLayer(self.packed, number, room.adapters)
+        kernels.before_attention(on, x, where.cos, where.sin, room.normed, room.qkv)
         seen = self._attend(where.layout, room.qkv)
-        kernels.after_attention(self.packed, x, seen, room.normed, room.inner)
+        kernels.after_attention(on, x, seen, room.normed, room.inner)
 
-    def _by_modules(self, where: _Pass) -> None:
+    def by_modules(self, where: _Pass) -> None:
+        """Compute the layer by calling its linear layers, adapters and hooks included."""
         x, cos, sin, layout = where
         q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj = self.linears
         normed = self._norm(0, x)
@@ -179,5 +209,5 @@ class _FastLayer:
     def _attend(self, layout: Layout, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """[T, H * Dh], contiguous."""
         q, k, v = (part.transpose(0, 1)[None] for part in qkv)
-        seen = layout.attend(self._attention.layer_idx, q, k, v, self._attention.scaling)
+        seen = layout.attend(self.number, q, k, v, self.scale)
         return seen.reshape(seen.shape[1], -1).contiguous()

@@ -12,17 +12,10 @@ from torch import nn
 from tunesmith.core.errors import UserError
 from tunesmith.model import attention
 from tunesmith.model.fast_decode import make_forward
-from tunesmith.model.generator import (
-    FinishReason,
-    Generator,
-    TokenEvent,
-    computed_in,
-    context_length,
-    new_cache,
-)
+from tunesmith.model.generator import Generator, computed_in, context_length, new_cache
 from tunesmith.model.kv_cache import CacheLayout, Chunk, default_cache_tokens
 from tunesmith.model.pages import PAGE, pages_for
-from tunesmith.model.sampling import Logprobs, SamplingParams
+from tunesmith.model.requests import FinishReason, Logprobs, SamplingParams, TokenEvent
 
 __all__ = [
     "FinishReason",

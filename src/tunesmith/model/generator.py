@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,38 +26,12 @@ from tunesmith.model.grammar import Grammars
 from tunesmith.model.kv_cache import CacheLayout, Chunk, KVCache, default_cache_tokens
 from tunesmith.model.limits import Limits
 from tunesmith.model.pages import PAGE, PagePool, pages_for
-from tunesmith.model.sampling import (
-    BROKEN,
-    NOTHING_ALLOWED,
-    Logprobs,
-    RowState,
-    SamplingParams,
-    logprobs_of,
-    sample,
-)
+from tunesmith.model.requests import FinishReason, Logprobs, SamplingParams, TokenEvent
+from tunesmith.model.sampling import BROKEN, NOTHING_ALLOWED, RowState, logprobs_of, sample
 from tunesmith.model.scheduler import Request, Scheduler
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
 PREFILL_TOKENS = 256
 LOGIT_ROWS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """What one step did for one request.
-
-    token_id: the new token, None when there is none (cancelled, failed, or max_new_tokens 0); a stop token
-    is reported here too. finish_reason: set on the request's last event; "error" when its logits were not
-    finite. prompt_logprobs: on the first event, for the prompt's tokens but the first; cached_tokens: there
-    too, how many of the prompt's tokens the cache had already.
-    """
-
-    request_id: int
-    token_id: int | None
-    finish_reason: FinishReason | None = None
-    logprobs: Logprobs | None = None
-    prompt_logprobs: tuple[Logprobs, ...] | None = None
-    cached_tokens: int = 0
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -88,7 +62,7 @@ class Generator:
     answer together; an answer that reaches it ends with "length". max_concurrent: requests computed
     together; the others wait in line. prefill_tokens: most prompt tokens of a pass. cache_tokens: how many
     tokens' keys and values are kept, for running requests and for prompts that begin alike; default: room
-    for max_concurrent requests, but no more than a GiB unless a single one needs it. cache_dtype: what they
+    for max_concurrent requests, within `default_cache_tokens`. cache_dtype: what they
     are rounded to; default: not at all. bank: adapters of `model`, which requests name. grammars: for
     requests that have a grammar.
     """

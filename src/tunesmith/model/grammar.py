@@ -22,8 +22,6 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tunesmith.core import optional
 from tunesmith.core.errors import MissingExtra, UserError
@@ -166,16 +164,6 @@ class Matcher:
     def fill(self, words_W: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         """Write the bit mask of what may follow; stop tokens are among it where the answer may end."""
         self._state.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
-
-
-def forbidden(matchers: Sequence[Matcher], vocab_size: int) -> Tensor:
-    """[B, V] bool: the tokens that may not follow in each row. The matchers are of one `Grammars`."""
-    words = np.zeros((len(matchers), matchers[0].grammars.num_words), dtype=np.int32)
-    for matcher, row in zip(matchers, words, strict=True):
-        if not matcher.failed:
-            matcher.fill(row)
-    bits = np.unpackbits(np.invert(words).view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_))
 
 
 def check(spec: GrammarSpec, *, lenient: bool = False) -> None:

@@ -10,8 +10,10 @@ L tokens of the longest sequence of a group.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,12 +26,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tunesmith.core.errors import UserError
+from tunesmith.model.config import token_bytes
 from tunesmith.model.cpu_kernels import Kernels
 from tunesmith.model.pages import EMPTY_PAGE, PAGE, pages_for
 
 # Linux: promise no memory for what may never be touched.
 MAP_NORESERVE = 0x4000
-DEFAULT_BYTES = 1 << 30
+LEAST_DEFAULT_BYTES = 1 << 29
+# Of the memory that is free once the weights are there.
+SHARE_OF_CPU, SHARE_OF_GPU = 0.25, 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class KVCache:
         self.dtype = dtype
         self._copies: dict[int, Tensor] = {}
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._addresses: tuple[Any, Any] | None = None
 
     def at(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k_pages and v_pages [P, PAGE, Hkv, Dh] of a layer, like `k` and `v` [1, Hkv, T, Dh] in kind."""
@@ -64,6 +70,16 @@ class KVCache:
         if found is None:
             found = self._buffers[layer] = (self._new(k), self._new(v))
         return found
+
+    def addresses(self, layers: Sequence[int]) -> tuple[Any, Any] | None:
+        """Of k_pages and of v_pages of the `layers`, for the kernels; None before all of them are there."""
+        if self._addresses is None and all(layer in self._buffers for layer in layers):
+            buffers = [self._buffers[layer] for layer in layers]
+            if all(k.shape == v.shape == buffers[0][0].shape for k, v in buffers):
+                array = ctypes.c_void_p * len(layers)
+                k_pages, v_pages = ([pair[i].data_ptr() for pair in buffers] for i in (0, 1))
+                self._addresses = array(*k_pages), array(*v_pages)
+        return self._addresses
 
     def copied(self, which: int, pages: Tensor, chosen: Tensor) -> Tensor:
         """A copy of the `chosen` pages, in memory that the next call with the same `which` uses again."""
@@ -91,19 +107,41 @@ class KVCache:
             ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """Where the kernels find what a pass of single tokens reads and writes; shapes as in `CacheLayout`.
+
+    k_pages and v_pages: arrays of the layers' addresses; dtype: of what is stored there.
+    """
+
+    k_pages: Any
+    v_pages: Any
+    slots: Tensor
+    tables: Tensor
+    lengths: Tensor
+    dtype: torch.dtype
+
+
 def default_cache_tokens(model: nn.Module, dtype: torch.dtype, wanted: int, least: int) -> int:
-    """`wanted` tokens, or as many as take DEFAULT_BYTES; in any case the `least` that one sequence needs."""
+    """`wanted` tokens, or as many as there is room for; in any case the `least` that one sequence needs.
+
+    Room on a CPU: as much as the weights take, or LEAST_DEFAULT_BYTES, but no more than a share of what is
+    free; on a GPU: a share of what is free.
+    """
     num_bytes = token_bytes(cast(Any, model).config, dtype.itemsize)
-    return max(least, min(wanted, DEFAULT_BYTES // num_bytes))
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        room = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_GPU)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = min(max(weight_bytes(model), LEAST_DEFAULT_BYTES), int(free * SHARE_OF_CPU))
+    return max(least, min(wanted, room // num_bytes))
 
 
-def token_bytes(config: Any, bytes_each: int) -> int:
-    """Bytes of one token's keys and values in all layers, by a model's config; bytes_each: of a number."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * key_heads * size * bytes_each)
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of all weights, those of packed layers (served_weights) included."""
+    packed = sum(int(getattr(part, "num_bytes", 0)) for part in model.modules())
+    return packed + sum(value.nbytes for value in model.parameters())
 
 
 class CacheLayout:
@@ -152,6 +190,15 @@ class CacheLayout:
             values = self._seen_by(prompt, 1, v[:, :, rows], v_pages).to(q.dtype)
             out[0, rows] = _attend_prompt(q[:, :, rows], keys, values, prompt.mask, scale)
         return out
+
+    def paged(self, layers: Sequence[int]) -> Paged | None:
+        """For the kernels to attend in all the `layers`; None where some row brings more than one token."""
+        if self._prompts or self._cache.kernels is None:
+            return None
+        found = self._cache.addresses(layers)
+        return found and Paged(
+            *found, self.slots, self.tables, self.lengths, self._cache.dtype or self._dtype
+        )
 
     def _seen_by(self, prompt: _Prompt, which: int, new: Tensor, pages: Tensor) -> Tensor:
         """[1, Hkv, end, Dh]: the keys or values of all of a sequence's tokens, `new` its newest."""

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from tunesmith.core.errors import UserError
 
 
+def check_adapter(name: str | None, loaded: Collection[str]) -> None:
+    """Raise UserError, naming those that are there, for an adapter that is not; None is the base."""
+    if name is not None and name not in loaded:
+        raise UserError(f"no adapter '{name}' is loaded", hint=f"loaded: {', '.join(loaded) or 'none'}")
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """max_length: most tokens of a prompt and its answer together; vocab_size: ids are below it.

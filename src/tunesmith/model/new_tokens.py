@@ -1,4 +1,4 @@
-"""Tokens that a recipe adds to a vocabulary: in the tokenizer, in the embeddings, and in adapters.
+"""Tokens that a recipe adds to a vocabulary: in the embeddings and in adapters.
 
 Shapes: V vocabulary, D hidden size.
 """
@@ -10,37 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AddedToken
-
-from tunesmith.core.errors import UserError
-
-
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
-    """Make each of `tokens` one token, in templates and in rows alike, and shown when decoded.
-
-    Raises UserError for one that is empty, given twice, or a token already.
-    """
-    for place, token in enumerate(tokens):
-        fault = _fault(tokenizer, token, tokens[:place])
-        if fault:
-            raise UserError(f"model.new_tokens.{place}: '{token}' {fault[0]}", hint=fault[1])
-    # Not 'special': such are taken as plain text in rows, and left out of answers.
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-
-
-def _fault(tokenizer: Any, token: str, before: Sequence[str]) -> tuple[str, str] | None:
-    if not token.strip():
-        return "is empty", "take a text that stands for one thing, such as '<tool>'"
-    if token != token.strip():
-        return "begins or ends with a space", "leave the spaces out"
-    if token in before:
-        return "is there twice", "leave one of them out"
-    if token in tokenizer.get_vocab():
-        return (
-            f"is already a token of the model (number {tokenizer.convert_tokens_to_ids(token)})",
-            "leave it out: rows and templates can use it as it is",
-        )
-    return None
 
 
 def token_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:

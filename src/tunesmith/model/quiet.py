@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,10 +12,9 @@ from contextlib import contextmanager
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' and peft's bars, notices and deprecations: our own errors say what matters."""
-    import torch
     from transformers.utils import logging as transformers_logging
 
-    if not torch.cuda.is_available():
+    if not _sees_gpu():
         # transformers imports deepspeed where it is installed; that else writes to stdout that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -30,3 +30,11 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _sees_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

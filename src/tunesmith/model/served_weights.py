@@ -209,7 +209,8 @@ def pack_weights(model: nn.Module, format: WeightFormat) -> int:
 
 def _pack_embedding(part: Any, format: WeightFormat) -> None:
     dtype = torch.float32 if format == "fp32" else torch.bfloat16
-    part.weight = nn.Parameter(part.weight.detach().to(dtype), requires_grad=False)
+    # A copy: a tensor that still lies in the mapped file would keep all of the file in memory.
+    part.weight = nn.Parameter(part.weight.detach().to(dtype, copy=True), requires_grad=False)
     if type(part) is nn.Embedding:
         part.__class__ = WideEmbedding
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -13,7 +14,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from tunesmith.core.errors import RecipeErrors, TunesmithError, UserError
 from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.section import Section
+from tunesmith.recipe.serving import Serve, option_of
 
+SomeSection = TypeVar("SomeSection", bound=Section)
 EXAMPLE = "model: {path: smollm2-135m-instruct}\ndata: {sources: [{path: my_rows.jsonl}]}"
 
 
@@ -32,10 +36,30 @@ def check(
     values: dict[str, Any], file: str, places: dict[tuple[str | int, ...], str] | None = None
 ) -> Recipe:
     """Validate plain values. `places` names the origin of keys that did not come from `file`."""
+    return _checked(Recipe, values, file, places or {})
+
+
+def check_serve(base: Serve, given: Mapping[str, Any]) -> Serve:
+    """`base` with the settings `given` on the command line in place of its own.
+
+    Raises RecipeErrors with every fault.
+    """
+    values = {"serve": base.model_dump() | dict(given)}
+    places: dict[tuple[str | int, ...], str] = {("serve", name): option_of(name) for name in given}
+    return _checked(_ServeAlone, values, "the recipe", places).serve
+
+
+class _ServeAlone(Section):
+    serve: Serve
+
+
+def _checked(
+    kind: type[SomeSection], values: dict[str, Any], file: str, places: dict[tuple[str | int, ...], str]
+) -> SomeSection:
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        faults = [_fault(dict(entry), values, file, places or {}) for entry in error.errors()]
+        faults = [_fault(dict(entry), values, file, places) for entry in error.errors()]
         raise RecipeErrors(_without_repeats(faults)) from None
 
 
@@ -166,6 +190,10 @@ def _reason(entry: dict[str, Any]) -> str:
         "less_than": f"is not less than {context.get('lt')}",
         "less_than_equal": f"is greater than {context.get('le')}",
         "too_short": f"has fewer than {context.get('min_length')} entries",
+        "dict_type": "is not a mapping",
+        "finite_number": "is not a finite number",
+        "string_too_short": "is empty",
+        "value_error": str(context.get("error")),
         "string_pattern_mismatch": "may hold only letters, digits, '.', '_' and '-'",
     }
     return kinds.get(entry["type"], f"does not fit: {entry['msg']}")

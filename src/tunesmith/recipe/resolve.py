@@ -34,6 +34,8 @@ class Facts:
 def resolve(recipe: Recipe, facts: Facts) -> Recipe:
     """Fill in all that does not depend on the number of steps; `resolve_steps` does the rest.
 
+    serve.engine stays as it is: the machine that serves decides.
+
     Raises UserError for a length beyond the model's limit, and for settings that cannot work
     together.
     """
@@ -62,7 +64,7 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
         },
         serve={
             "max_length": min(facts.context_length, SERVE_MAX_LENGTH),
-            "precision": facts.serve_precision,
+            "precision": _serve_precision(recipe, facts),
         },
         parallel={"engine": engine},
         hardware={"device": facts.device, "threads": facts.threads, "processes": facts.processes},
@@ -73,6 +75,12 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
 
 def _processes(recipe: Recipe, facts: Facts) -> int:
     return facts.processes if recipe.hardware.processes == "auto" else recipe.hardware.processes
+
+
+def _serve_precision(recipe: Recipe, facts: Facts) -> str:
+    """Never another than that of the weights, where they are given."""
+    weights = recipe.serve.weights
+    return weights if weights in ("fp32", "bf16") else facts.serve_precision
 
 
 def resolve_steps(recipe: Recipe, total_steps: int) -> Recipe:

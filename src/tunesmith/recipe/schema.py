@@ -1,18 +1,20 @@
 """The recipe: what a user writes, typed and frozen. One sentence and one unit per field.
 
 `"auto"` stands for a value that `recipe.resolve` works out from the model, the data and the machine; the
-resolved recipe has the same shape and no `"auto"` left.
+resolved recipe has the same shape and no `"auto"` left, but for `serve.engine`, which the machine that serves
+decides.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tunesmith.recipe.compat import Compat
+from tunesmith.recipe.section import Auto, Section
+from tunesmith.recipe.serving import Serve
 
-Auto = Literal["auto"]
 Format = Literal[
     "alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference", "turns", "guanaco", "moss",
 ]  # fmt: skip
@@ -20,10 +22,6 @@ TooLong = Literal["drop", "truncate", "error"]
 Precision = Literal["fp32", "bf16", "bf16-pure", "fp16"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-offload"]
 Checkpointing = Literal["none", "selective", "full"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class Model(Section):
@@ -264,29 +262,6 @@ class Samples(Section):
     prompts: list[str] = Field(default_factory=list, description="User messages to answer; none: no samples.")
     max_new_tokens: int = Field(64, ge=1, description="Most tokens of an answer.")
     temperature: float = Field(0.0, ge=0, description="0: greedy.")
-
-
-class Serve(Section):
-    """The endpoint."""
-
-    host: str = Field(
-        "127.0.0.1", description="Address to listen on; the default is reachable from this machine only."
-    )
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one.")
-    api_key: str | None = Field(None, description="Key that clients must send; or set $TUNESMITH_API_KEY.")
-    model_name: str | None = Field(
-        None, description="Name in /v1/models; default: the run's or folder's name."
-    )
-    max_length: Annotated[int, Field(ge=8)] | Auto = Field(
-        "auto",
-        description="Most tokens of prompt and answer together; auto: the model's limit, at most 4096.",
-    )
-    max_concurrent: int = Field(
-        32, ge=1, description="Requests computed at the same time; more wait in line."
-    )
-    precision: Literal["fp32", "bf16", "fp16"] | Auto = Field(
-        "auto", description="Of the served weights; auto: fp32 on CPU, bf16 on GPU."
-    )
 
 
 class Parallel(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import sys
 import threading
 from datetime import UTC, datetime
@@ -15,7 +16,9 @@ from typing import Any
 from tunesmith.core.progress import say
 from tunesmith.serve.record import RequestRecord
 
-MOST_WAITING = 10_000
+MOST_WAITING, MOST_WAITING_CHARACTERS = 10_000, 32_000_000
+# What a terminal obeys, or shows in another order, when a log is looked at; JSON escapes the others itself.
+_UNSEEN = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _END = ""
 
 
@@ -23,7 +26,8 @@ class AccessLog:
     """Writes lines from a thread of its own: a full disk or a reader that stopped delays no answer.
 
     file: None for stderr. One that was moved away (log rotation) is opened anew. texts: prompts and answers
-    too. Lines that find 10,000 before them are dropped, and their number is written later.
+    too. Lines that find 10,000 before them, or 32 million characters, are dropped, and their number is
+    written later.
     """
 
     def __init__(self, file: Path | None = None, *, texts: bool = False) -> None:
@@ -31,6 +35,8 @@ class AccessLog:
         self._out = None if file is None else _open(file)
         self._lines: queue.Queue[str] = queue.Queue(MOST_WAITING)
         self._dropped = 0
+        # Each is written by one thread only: characters put in line, and taken out of it.
+        self._put = self._taken = 0
         self._told = False
         self._thread = threading.Thread(target=self._run, name="tunesmith-access-log", daemon=True)
         self._thread.start()
@@ -40,12 +46,14 @@ class AccessLog:
         fields = _fields(record)
         if self._texts:
             fields |= {"request": record.request_text, "answer": record.answer_text}
-        if self._dropped and not self._lines.full():
-            fields["dropped_before"], self._dropped = self._dropped, 0
-        try:
-            self._lines.put_nowait(json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n")
-        except queue.Full:
+        if self._lines.full() or self._put - self._taken > MOST_WAITING_CHARACTERS:
             self._dropped += 1
+            return
+        if self._dropped:
+            fields["dropped_before"], self._dropped = self._dropped, 0
+        line = _line(fields)
+        self._put += len(line)
+        self._lines.put_nowait(line)
 
     def close(self) -> None:
         """Write what is in line, for at most five seconds."""
@@ -57,6 +65,7 @@ class AccessLog:
 
     def _run(self) -> None:
         while (line := self._lines.get()) != _END:
+            self._taken += len(line)
             try:
                 self._write(line.encode("utf-8", "backslashreplace"))
                 self._told = False
@@ -119,10 +128,15 @@ def _fields(record: RequestRecord) -> dict[str, Any]:
     return fields
 
 
+def _line(fields: dict[str, Any]) -> str:
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
 def answer_text(body: bytes) -> str:
     """The text of an answer as it went out: of a stream its parts put together, choice by choice."""
     texts: dict[int, str] = {}
-    for line in body.decode(errors="replace").splitlines():
+    for line in body.decode(errors="replace").split("\n"):
         event = _json_object(line.removeprefix("data: "))
         for choice in event.get("choices") or ():
             part = choice.get("delta") or choice.get("message") or choice

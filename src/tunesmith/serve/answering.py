@@ -71,6 +71,8 @@ async def _pieces(
             if choice.finish_reason is not None:
                 continue
             piece = choice.push(event)
+            if event.cached_tokens:
+                record.cached_tokens = job.cached_tokens
             if piece.finish_reason == "error":
                 raise _broken(job.asks[index])
             if piece.finish_reason is not None and event.finish_reason is None:

@@ -119,7 +119,7 @@ def _model_router(gateway: Gateway) -> APIRouter:
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, pooled from a model that was trained to continue them."""
         engine, served = gateway.ready_engine(), _served(gateway, body.model, request)
-        return JSONResponse(await embed(body, served, engine, record_of(request.scope)))
+        return await embed(body, served, engine, request)
 
     return router
 

@@ -12,7 +12,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.core.units import bytes_text
 from tunesmith.serve.errors import ApiError
 from tunesmith.serve.record import record_of
-from tunesmith.serve.refuse import content_length, has_body, refuse
+from tunesmith.serve.refuse import content_length, has_body, header, refuse
 
 KEPT_TEXT = 64 * 1024
 """Most bytes of a request, and of an answer, that are kept for a log with prompts."""
@@ -22,7 +22,8 @@ KEPT_TEXT = 64 * 1024
 class Bounds:
     """What one request may take.
 
-    header_timeout_s: for the headers to arrive (see connections.py). max_body_bytes: of the body.
+    header_timeout_s: for the headers to arrive (see connections.py). max_body_bytes: of the body;
+    max_arriving_bytes: of all bodies together that have begun to arrive.
     body_timeout_s: for the body to arrive. request_timeout_s: from the first byte to the last of the answer.
     send_timeout_s: for the client to take what is sent, each time. max_headers, max_header_bytes: lines, and
     names and values together with the path. max_requests: that the whole gateway has under way, in line or
@@ -31,6 +32,7 @@ class Bounds:
 
     header_timeout_s: float = 30.0
     max_body_bytes: int = 8 * 1024 * 1024
+    max_arriving_bytes: int = 512 * 1024 * 1024
     body_timeout_s: float = 60.0
     request_timeout_s: float = 3600.0
     send_timeout_s: float = 120.0
@@ -45,23 +47,36 @@ class Bounds:
 
 
 class BoundedHeaders:
-    """Refuses requests with very many or very long headers, or a very long path."""
+    """Refuses requests with very many or very long headers, or a very long path, or with two lengths.
+
+    A proxy that goes by the other length than we do would take the rest of the body for a second request,
+    which it has not looked at (RFC 9112, section 6.3).
+    """
 
     def __init__(self, app: ASGIApp, bounds: Bounds) -> None:
         self._app, self._bounds = app, bounds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await refuse(scope, receive, send, error, close=True)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         size += len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
-        if size <= self._bounds.max_header_bytes and len(scope["headers"]) <= self._bounds.max_headers:
-            await self._app(scope, receive, send)
-            return
-        message = (
-            f"the headers have {len(scope['headers'])} lines and with the path {size} bytes; this server "
-            f"takes {self._bounds.max_headers} lines and {self._bounds.max_header_bytes} bytes"
-        )
-        error = ApiError(message, status=431, code="headers_too_large")
-        await refuse(scope, receive, send, error, close=True)
+        if size > self._bounds.max_header_bytes or len(scope["headers"]) > self._bounds.max_headers:
+            raise ApiError(
+                f"the headers have {len(scope['headers'])} lines and with the path {size} bytes; this server "
+                f"takes {self._bounds.max_headers} lines and {self._bounds.max_header_bytes} bytes",
+                status=431,
+                code="headers_too_large",
+            )
+        lengths = [header(scope, name) for name in (b"transfer-encoding", b"content-length")]
+        if None not in lengths:
+            raise ApiError("Content-Length and Transfer-Encoding: give one of them", code="invalid_http")
 
 
 class BoundedBody:
@@ -72,6 +87,7 @@ class BoundedBody:
 
     def __init__(self, app: ASGIApp, bounds: Bounds, *, keep_text: bool = False) -> None:
         self._app, self._bounds, self._keep_text = app, bounds, keep_text
+        self._arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not has_body(scope):
@@ -90,7 +106,7 @@ class BoundedBody:
         await self._app(scope, _replayed(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None when the client left. Raises ApiError 413 and 408."""
+        """The body; None when the client left. Raises ApiError 413, 408 and 429."""
         if (content_length(scope) or 0) > self._bounds.max_body_bytes:
             raise self._too_large()
         body = bytearray()
@@ -100,9 +116,10 @@ class BoundedBody:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
-                    if len(body) > self._bounds.max_body_bytes:
-                        raise self._too_large()
+                    part = message.get("body", b"")
+                    body += part
+                    self._arriving += len(part)
+                    self._check(len(body))
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
@@ -111,6 +128,15 @@ class BoundedBody:
                 status=408,
                 code="body_timeout",
             ) from None
+        finally:
+            self._arriving -= len(body)
+
+    def _check(self, size: int) -> None:
+        if size > self._bounds.max_body_bytes:
+            raise self._too_large()
+        if self._arriving > max(self._bounds.max_arriving_bytes, self._bounds.max_body_bytes):
+            message = "the server is taking in as much as it can; try again soon"
+            raise ApiError(message, status=429, code="server_busy", retry_after_s=2)
 
     def _too_large(self) -> ApiError:
         most = self._bounds.max_body_bytes

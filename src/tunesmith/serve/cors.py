@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.core.errors import UserError
+from tunesmith.recipe.serving import is_origin
 from tunesmith.serve.refuse import header
 
 Headers = list[tuple[bytes, bytes]]
@@ -28,7 +28,7 @@ CAREFUL: Headers = [
 
 def check_origin(origin: str) -> str:
     """An origin as browsers send it, or `*`. Raises UserError."""
-    if origin == "*" or re.fullmatch(r"https?://[^/?#\s@]+", origin):
+    if is_origin(origin):
         return origin
     raise UserError(
         f"CORS origin '{origin}': is not scheme://host[:port]", hint="try https://chat.example.org, or *"

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tunesmith.model.generate import TokenEvent
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams, TokenEvent
 
 Prompt = Sequence[int]
 

@@ -76,6 +76,10 @@ def one_line(error: UserError) -> str:
 
 
 def shown(value: Any) -> str:
-    """A given value, short enough for a message."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A given value, short enough for a message; of a large one no more is written than is shown."""
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+        text += part
+        if len(text) > 80:
+            return text[:77] + "..."
+    return text

@@ -64,8 +64,32 @@ def checked(spec: GrammarSpec, param: str) -> GrammarSpec:
     return spec
 
 
-def tool_plan(body: ChatRequest, tokenizer: Any) -> ToolPlan | None:
-    """How tools are called and read; None where none may be. Raises ApiError for what is not possible."""
+def chat_plan(body: ChatRequest, tokenizer: Any) -> tuple[ToolPlan | None, GrammarSpec | None]:
+    """(How tools are called and read, None where none may be; the one grammar that the answer keeps to.)
+
+    Beside tools that may be called, a format is what the answer keeps to that is no call. Raises ApiError for
+    what is not possible.
+    """
+    param, spec = _format(body)
+    plan = _tool_plan(body, tokenizer, spec, param)
+    return plan, spec if plan is None else plan.grammar
+
+
+def _format(body: ChatRequest) -> tuple[str, GrammarSpec | None]:
+    """The field that says what the answer must look like, and what it says. Raises ApiError where two do."""
+    formats = {
+        "response_format": response_grammar(body.response_format),
+        "structured_outputs": structured_grammar(body.structured_outputs),
+    }
+    given = [(name, spec) for name, spec in formats.items() if spec is not None]
+    if len(given) > 1:
+        raise ApiError("give either response_format or structured_outputs", param="structured_outputs")
+    return given[0] if given else ("response_format", None)
+
+
+def _tool_plan(
+    body: ChatRequest, tokenizer: Any, answer: GrammarSpec | None, answer_param: str
+) -> ToolPlan | None:
     choice = body.tool_choice
     try:
         plan = plan_tools(
@@ -73,10 +97,11 @@ def tool_plan(body: ChatRequest, tokenizer: Any) -> ToolPlan | None:
             body.tools,
             tool_choice=choice.model_dump() if isinstance(choice, BaseModel) else choice,
             parallel=body.parallel_tool_calls,
+            answer=answer,
         )
     except UserError as error:
         named = re.match(r"tool[a-z_.0-9\[\]]*", error.what)
-        raise ApiError(one_line(error), param=named[0] if named else "tools") from None
+        raise ApiError(one_line(error), param=named[0] if named else answer_param) from None
     if plan is not None and not (plan.is_native or plan.forced):
         raise ApiError(
             "tools: this model's chat template writes tool calls in no form that is known here, so they "
@@ -85,26 +110,3 @@ def tool_plan(body: ChatRequest, tokenizer: Any) -> ToolPlan | None:
             code="tools_not_supported",
         )
     return plan
-
-
-def chat_grammar(body: ChatRequest, plan: ToolPlan | None) -> GrammarSpec | None:
-    """The one grammar that the answer keeps to. Raises ApiError where two are asked for."""
-    formats = {
-        "response_format": response_grammar(body.response_format),
-        "structured_outputs": structured_grammar(body.structured_outputs),
-    }
-    given = {name: spec for name, spec in formats.items() if spec is not None}
-    if len(given) > 1:
-        raise ApiError("give either response_format or structured_outputs", param="structured_outputs")
-    if plan is None:
-        return next(iter(given.values()), None)
-    # An answer of forced calls has no text that a format could be about.
-    if given and not plan.forced:
-        name = next(iter(given))
-        raise ApiError(
-            f"{name}: an answer that may be a tool call cannot be held to it; give tool_choice 'none', "
-            "'required' or a function",
-            param=name,
-            code="unsupported_parameter",
-        )
-    return plan.grammar

@@ -227,8 +227,8 @@ class _Watch:
             message["headers"] = _with_own(message.get("headers", []), self._record.request_id)
         elif message["type"] == "http.response.body":
             self._ended = not message.get("more_body", False)
-            if self._keep_text and len(self.text) < KEPT_TEXT:
-                self.text += message.get("body", b"")
+            if self._keep_text:
+                self.text += message.get("body", b"")[: KEPT_TEXT - len(self.text)]
         await self._send(message)
 
 

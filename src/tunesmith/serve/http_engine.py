@@ -12,67 +12,29 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from tunesmith.core import proc
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.net import EventClient, NetError, free_port, local_status
 from tunesmith.core.progress import say
-from tunesmith.model.generate import FinishReason, TokenEvent
-from tunesmith.model.limits import Limits
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.limits import Limits, check_adapter
+from tunesmith.model.requests import SamplingParams, TokenEvent
+from tunesmith.serve.back_off import BackOff
+from tunesmith.serve.driver import Driver, check_adapters
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus, Prompt
 from tunesmith.serve.streams import QueuedStream
 
 POLL_S = 0.1
 PROBE_EVERY_S = 60.0
 PROBE_TIMEOUT_S = 120.0
-BACK_OFF_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+MOST_FAILURES = 5
 STEADY_S = 120.0  # a program that ran this long did start: its next end begins the back-off anew
 CLOSING = "the server is shutting down"
 # What the program says of a request that it will not answer; other statuses mean that it cannot.
 REFUSALS = (400, 404, 413, 422)
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A program and its environment beyond ours. Keys belong into `env`: everyone can read arguments."""
-
-    args: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)
-
-
-class Driver(Protocol):
-    """Speaks to one kind of server."""
-
-    name: str
-    health: str
-    """Path that answers 200 once the model is loaded."""
-
-    def command(self, port: int, key: str) -> Command: ...
-
-    def check(self, ask: Ask) -> None:
-        """Raise UserError for what this server cannot do, or not as asked."""
-        ...
-
-    async def prepare(self, client: EventClient) -> None:
-        """Called after every start, before the first request."""
-        ...
-
-    def answer(self, client: EventClient, ask: Ask) -> AsyncGenerator[TokenEvent, None]:
-        """The events of one answer, until the one with a finish_reason. Raises NetError, EngineError."""
-        ...
-
-    @property
-    def adapters(self) -> tuple[str, ...]: ...
-
-    async def load_adapter(self, client: EventClient, name: str, folder: Path) -> None: ...
-
-    async def unload_adapter(self, client: EventClient, name: str) -> None: ...
 
 
 class HttpEngine:
@@ -105,8 +67,10 @@ class HttpEngine:
         self._open = self._finished = self._cancelled = self._generated = self._prompt_tokens = 0
         self._last_event = time.monotonic()
         self._restarts = 0
-        self._ready = self._closing = False
+        # Leaving: no more requests are taken. Closing: nobody waits for the program any more.
+        self._ready = self._leaving = self._closing = False
         self._failure: str | None = None
+        self._refused: UserError | None = None
         self._known = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._watch, name=f"tunesmith-{driver.name}", daemon=True)
@@ -117,18 +81,23 @@ class HttpEngine:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the program and wait until it has generated a token. Raises TunesmithError with its log."""
+        """Start the program and wait until it has generated a token.
+
+        Raises TunesmithError with the end of its log, UserError for an adapter that changes nothing there.
+        """
         self._thread.start()
         self._known.wait()
+        if self._refused is not None:
+            raise self._refused
         if self._failure is not None:
             raise TunesmithError(self._failure, hint=f"its whole output is in {self._log}")
 
     def status(self) -> EngineStatus:
-        alive = self._failure is None and not self._closing and self._thread.is_alive()
+        alive = self._failure is None and not self._leaving and self._thread.is_alive()
         running = min(self._open, self._max_concurrent)
         return EngineStatus(
             alive=alive,
-            ready=alive and self._ready,
+            ready=alive and self._is_up(),
             running=running,
             waiting=self._open - running,
             finished=self._finished,
@@ -154,9 +123,7 @@ class HttpEngine:
                     f"logit_bias with repetition_penalty: {self._driver.name} applies them in another order",
                     hint="leave one of them out, or use the local engine",
                 )
-            if ask.adapter is not None and ask.adapter not in self._driver.adapters:
-                names = ", ".join(self._driver.adapters) or "none"
-                raise UserError(f"the adapter '{ask.adapter}' is not loaded", hint=f"loaded: {names}")
+            check_adapter(ask.adapter, self._driver.adapters)
             self._driver.check(ask)
         tasks: list[asyncio.Task[None]] = []
         stream = QueuedStream(len(asks), lambda gone: self._cancel(tasks, gone))
@@ -166,10 +133,13 @@ class HttpEngine:
         return stream
 
     def _refuse_when_over(self) -> None:
-        if self._failure is not None or self._closing:
+        if self._failure is not None or self._leaving:
             raise EngineError(self._failure or CLOSING)
-        if not self._ready:
+        if not self._is_up():
             raise EngineError(f"{self._driver.name} is starting; try again soon")
+
+    def _is_up(self) -> bool:
+        return self._ready and self._process is not None and self._process.poll() is None
 
     def _cancel(self, tasks: list[asyncio.Task[None]], indices: list[int]) -> None:
         self._cancelled += len(indices)
@@ -189,7 +159,8 @@ class HttpEngine:
         except UserError as error:
             stream.fail(error)
         except Exception as error:
-            stream.fail(f"{self._driver.name} did not answer: {error}")
+            why = error if self._is_up() else "it has ended, and is started again"
+            stream.fail(f"{self._driver.name} did not answer: {why}")
         finally:
             self._open -= 1
             if (task := asyncio.current_task()) is not None:
@@ -230,17 +201,24 @@ class HttpEngine:
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         self._refuse_when_over()
-        await self._driver.load_adapter(self._client(), name, folder)
+        client = self._client()
+        await self._driver.load_adapter(client, name, folder)
+        try:
+            await check_adapters(self._driver, client, self._probe, [name])
+        except UserError:
+            await self._driver.unload_adapter(client, name)
+            raise
 
     async def unload_adapter(self, name: str) -> None:
         self._refuse_when_over()
         await self._driver.unload_adapter(self._client(), name)
 
     def close(self, *, grace_s: float) -> None:
-        self._closing = True
+        self._leaving = True
         end = time.monotonic() + grace_s
         while self._open and time.monotonic() < end:
             time.sleep(0.02)
+        self._closing = True
         self._wake.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(30.0)
@@ -256,21 +234,24 @@ class HttpEngine:
     def _watch(self) -> None:
         # This thread lives as long as the program: the signal at the parent's death comes when the thread
         # ends that started it.
-        failed = 0
+        back_off = BackOff(first_s=1.0, longest_s=15.0, settled_s=STEADY_S)
         try:
-            while not self._closing and self._failure is None:
+            while not self._leaving and self._failure is None:
                 began = time.monotonic()
                 reason = self._run_once()
                 self._ready = False
-                if self._closing:
+                if self._leaving:
                     return
-                failed = 1 if time.monotonic() - began > STEADY_S else failed + 1
-                if not self._known.is_set() or failed > len(BACK_OFF_S):
+                back_off.ended(lived_s=time.monotonic() - began)
+                if not self._known.is_set() or back_off.failures == MOST_FAILURES:
                     self._failure = reason
                     return
                 self._restarts += 1
-                say(f"{reason}; starting it again in {BACK_OFF_S[failed - 1]:g} s")
-                self._wake.wait(BACK_OFF_S[failed - 1])
+                pause = back_off.next_pause_s()
+                say(f"{reason}; starting it again in {pause:g} s")
+                self._wake.wait(pause)
+        except UserError as error:
+            self._refused, self._failure = error, error.what
         except Exception as error:
             self._failure = f"{self._driver.name}: {error}"
         finally:
@@ -284,7 +265,7 @@ class HttpEngine:
         command = self._driver.command(port, key)
         begin = self._log.stat().st_size if self._log.is_file() else 0
         process = self._process = proc.start(
-            _tied(command.args), log=self._log, env={**os.environ, **command.env}
+            _tied(command.args), log=self._log, env={**os.environ, **command.env}, session=True
         )
         try:
             self._url, self._key = f"http://127.0.0.1:{port}", key
@@ -294,12 +275,12 @@ class HttpEngine:
             self._known.set()
             return self._stay(process, begin)
         finally:
-            proc.stop(process, grace_s=10.0)
+            proc.end_session(process, grace_s=10.0)
 
     def _becomes_ready(self, process: proc.Process) -> bool:
         end = time.monotonic() + self._start_timeout_s
         headers = {"Authorization": f"Bearer {self._key}"}
-        while process.poll() is None and not self._closing and time.monotonic() < end:
+        while process.poll() is None and not self._leaving and time.monotonic() < end:
             if local_status(self._url + self._driver.health, headers=headers) == 200:
                 return asyncio.run(self._ask_itself(prepare=True))
             self._wake.wait(POLL_S)
@@ -330,6 +311,7 @@ class HttpEngine:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 if prepare:
                     await self._driver.prepare(client)
+                    await check_adapters(self._driver, client, self._probe, self._driver.adapters)
                 async with aclosing(self._driver.answer(client, ask)) as answer:
                     async for event in answer:
                         if event.token_id is not None:
@@ -347,13 +329,10 @@ class HttpEngine:
 
 
 def _tied(args: Sequence[str]) -> list[str]:
-    """The same program in a session of its own (Ctrl-C reaches us alone), ended when we die.
-
-    By util-linux's programs, each of which becomes the next; without them the program is started as it is.
-    """
-    if shutil.which("setsid") is None or shutil.which("setpriv") is None:
+    """The same program, ended when we die: by util-linux's setpriv, which becomes it, where that is here."""
+    if shutil.which("setpriv") is None:
         return list(args)
-    return ["setsid", "setpriv", "--pdeathsig", "SIGTERM", *args]
+    return ["setpriv", "--pdeathsig", "SIGTERM", *args]
 
 
 def _tail(log: Path, begin: int, *, most: int = 1500) -> str:
@@ -362,10 +341,3 @@ def _tail(log: Path, begin: int, *, most: int = 1500) -> str:
         file.seek(begin)
         text = file.read()[-most:].decode(errors="replace").strip()
     return f":\n{text}" if text else ""
-
-
-def finish_of(ask: Ask, token_id: int, count: int) -> FinishReason | None:
-    """Whether an answer ends with its `count`th token: by a stop token, or because it has all it may."""
-    if token_id in ask.params.stop_ids:
-        return "stop"
-    return "length" if count >= ask.params.max_new_tokens else None

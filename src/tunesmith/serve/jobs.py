@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any, cast
 
 from tunesmith.core.errors import UserError
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.model.template import encode_prompt
 from tunesmith.serve.engine import Ask
 from tunesmith.serve.errors import ApiError, one_line
-from tunesmith.serve.formats import chat_grammar, structured_grammar, tool_plan
+from tunesmith.serve.formats import chat_plan, structured_grammar
 from tunesmith.serve.schema import (
     ChatRequest,
     CompletionRequest,
@@ -82,12 +82,24 @@ class Job:
     n: int = 1
     best_of: int | None = None
 
-    def usage(self) -> dict[str, int]:
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, those that were in the cache before this request.
+
+        Answers to one prompt find it there as soon as one of them has had it computed: the least counts.
+        """
+        each = self.best_of or self.n
+        firsts = range(0, len(self.answers), each)
+        return sum(min(answer.cached_tokens for answer in self.answers[at : at + each]) for at in firsts)
+
+    def usage(self) -> dict[str, Any]:
+        """Every prompt counts once, and every answer that was written, given or not."""
         completion = sum(answer.num_tokens for answer in self.answers)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
     def best(self, wholes: list[Piece]) -> list[Piece]:
@@ -142,7 +154,7 @@ def chat_job(body: ChatRequest, model: ServedModel) -> Job:
     _refuse(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError("top_logprobs: needs logprobs: true", param="top_logprobs")
-    plan = tool_plan(body, model.tokenizer)
+    plan, grammar = chat_plan(body, model.tokenizer)
     prompt = chat_prompt(model, body.messages, body.tools if plan else None)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     check_length(len(prompt), limit or 1, model, param="messages" if limit is None else "max_tokens")
@@ -151,7 +163,7 @@ def chat_job(body: ChatRequest, model: ServedModel) -> Job:
         model,
         max_new_tokens=limit or model.max_length - len(prompt),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=chat_grammar(body, plan),
+        grammar=grammar,
     )
     return _job(body, model, [(prompt, None)], params, plan=plan)
 

@@ -15,11 +15,10 @@ from typing import Any
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.net import EventClient, NetError
-from tunesmith.model.generate import TokenEvent
 from tunesmith.model.grammar import GrammarSpec
-from tunesmith.model.sampling import Logprobs, SamplingParams
+from tunesmith.model.requests import Logprobs, SamplingParams, TokenEvent
+from tunesmith.serve.driver import Command, finish_of
 from tunesmith.serve.engine import Ask, EngineError
-from tunesmith.serve.http_engine import Command, finish_of
 from tunesmith.serve.text import Detokenizer
 
 # Our order of sampling: the temperature changes the probabilities that top_k and top_p then look at.
@@ -27,7 +26,8 @@ SAMPLERS = ["penalties", "temperature", "top_k", "top_p"]
 RANDOM_SEED = 2**32 - 1  # llama.cpp's word for "draw one"
 JSON_OPTIONS = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
 LLGUIDANCE = "%llguidance {}\n"
-NO_CHARACTER = b"\xff"  # a byte that no UTF-8 text has; every vocabulary of bytes has it
+# Bytes that are no character by themselves, those first that no UTF-8 text has; not every vocabulary has all.
+NO_CHARACTERS = (*range(0xFF, 0xF4, -1), 0xC0, 0xC1, *range(0x80, 0xC0))
 # A token's log-probability is looked for among so many of the likeliest, then among all.
 FIRST_LOOK = 100
 
@@ -185,7 +185,7 @@ class LlamaCppDriver:
         if body["temperature"] == 0:
             repeated = (await client.post("/completion", again | {"n_predict": missing + 1}))["tokens"]
             return [int(token) for token in repeated[:missing]]
-        return [self._by_bytes[NO_CHARACTER]] * missing
+        return [self._no_character] * missing
 
     def _split(self, text: bytes, count: int, last: int) -> list[int] | None:
         """`count` tokens whose bytes, with those of `last` after them, are `text`."""
@@ -196,6 +196,12 @@ class LlamaCppDriver:
     def _by_bytes(self) -> dict[bytes, int]:
         size = len(self.detokenizer.tokenizer)
         return {self._bytes(number): number for number in reversed(range(size))}
+
+    @cached_property
+    def _no_character(self) -> int:
+        """A token that shows as a replacement character."""
+        known = (self._by_bytes.get(bytes([number])) for number in NO_CHARACTERS)
+        return next((token for token in known if token is not None), 0)
 
     def _bytes(self, token_id: int) -> bytes:
         """A token's bytes, also of SentencePiece's byte tokens, which are written <0xNN>."""

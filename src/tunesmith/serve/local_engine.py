@@ -1,6 +1,6 @@
 """The embedded engine: a thread that steps a Generator, and streams that an event loop reads.
 
-The thread owns the generator; the event loop talks to it through a queue of commands, which it obeys between
+That thread owns the generator; the event loop talks to it through a queue of commands, which it obeys between
 steps, and hears from it once a step, with all events of that step together.
 """
 
@@ -19,9 +19,11 @@ from typing import Any
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.progress import say
-from tunesmith.model.adapter_bank import Adapter, AdapterBank
-from tunesmith.model.generate import Generator, TokenEvent
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.adapter_bank import AdapterBank
+from tunesmith.model.adapter_slots import Adapter
+from tunesmith.model.generate import Generator
+from tunesmith.model.limits import check_adapter
+from tunesmith.model.requests import SamplingParams, TokenEvent
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus, Prompt
 from tunesmith.serve.streams import Indexed, QueuedStream, call_on, deliver_all
 
@@ -67,7 +69,7 @@ class _Embedding:
 
 
 class LocalEngine:
-    """Steps `generator` in a thread of its own.
+    """Steps `generator` in a thread of its own (`start`), or in the one that is given to it (`run`).
 
     Adapters are those of the generator's bank; each loading has a key of its own there, so that requests
     keep the adapter that they began with when its name gets another. max_waiting: most requests in line
@@ -85,7 +87,7 @@ class LocalEngine:
         self._asking: set[LocalStream | _Call] = set()
         # Each counter is written by one thread only: the event loop's and the engine's.
         self._submitted = self._taken = 0
-        self._ready = self._closing = self._stopped = self._ended = False
+        self._ready = self._closing = self._stopped = False
         self._failure: str | None = None
         self._finished = self._cancelled = self._generated_tokens = 0
         # The engine's thread alone knows these: streams by request, keys in use, keys on their way out.
@@ -93,15 +95,31 @@ class LocalEngine:
         self._using: dict[int, str] = {}
         self._embeddings: deque[_Embedding] = deque()
         self._retiring: dict[str, _Call | None] = {}
-        self._thread = threading.Thread(target=self._run, name="tunesmith-engine", daemon=True)
+        self._ended = threading.Event()
 
     def start(self, warm_up: Prompt) -> None:
-        """Start the thread; it becomes ready when it has generated a token after `warm_up`."""
-        self._commands.put(lambda: self._warm_up(warm_up))
-        self._thread.start()
+        """Start a thread; the engine becomes ready when it has generated a token after `warm_up`."""
+        threading.Thread(target=self.run, args=(warm_up,), name="tunesmith-engine", daemon=True).start()
+
+    def run(self, warm_up: Prompt) -> None:
+        """Compute in this thread, until `close` is called in another.
+
+        A process's first thread is the best one: libgomp lets the threads of any other wait for one another
+        asleep (its count of threads is above that of the cores), a third of a small model's step.
+        """
+        try:
+            self._warm_up(warm_up)
+            while not self._stopped:
+                self._turn()
+        except BaseException as error:
+            self._failure = f"the engine stopped: {type(error).__name__}: {error}"
+            say(traceback.format_exc())
+        with self._door:
+            self._ended.set()
+        self._fail_all(self._failure or "the server is shutting down")
 
     def status(self) -> EngineStatus:
-        alive = self._failure is None and not self._stopped and self._thread.is_alive()
+        alive = self._failure is None and not self._stopped
         generator = self._generator
         return EngineStatus(
             alive=alive,
@@ -166,11 +184,10 @@ class LocalEngine:
         while self._asking and self.status().alive and time.monotonic() < end:
             time.sleep(0.02)
         self._commands.put(self._stop)
-        if self._thread.is_alive():
-            self._thread.join(10.0)
+        self._ended.wait(10.0)
 
     def _check_open(self, num_new: int) -> None:
-        if self._closing or self._ended or not self.status().alive:
+        if self._closing or self._ended.is_set() or not self.status().alive:
             raise EngineError(self._failure or "the server is shutting down")
         in_line = self._generator.num_waiting + self._submitted - self._taken + len(self._embeddings)
         if num_new and in_line + num_new > self._max_waiting:
@@ -179,9 +196,7 @@ class LocalEngine:
     def _key(self, name: str | None) -> str | None:
         if name is None:
             return None
-        if name not in self._keys:
-            loaded = ", ".join(self._keys) or "none"
-            raise UserError(f"no adapter '{name}' is loaded", hint=f"loaded: {loaded}")
+        check_adapter(name, self._keys)
         return self._keys[name]
 
     def _own_bank(self) -> AdapterBank:
@@ -199,17 +214,6 @@ class LocalEngine:
         return call
 
     # Everything below runs in the engine's thread.
-
-    def _run(self) -> None:
-        try:
-            while not self._stopped:
-                self._turn()
-        except BaseException as error:
-            self._failure = f"the engine stopped: {type(error).__name__}: {error}"
-            say(traceback.format_exc())
-        with self._door:
-            self._ended = True
-        self._fail_all(self._failure or "the server is shutting down")
 
     def _turn(self) -> None:
         self._obey(wait=not self._generator.has_work and not self._embeddings)

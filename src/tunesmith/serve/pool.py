@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.progress import say
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
+from tunesmith.serve.back_off import BackOff
 from tunesmith.serve.engine import AnswerStream, Ask, Engine, EngineError, EngineStatus, Prompt
 
 CLOSING = "the server is shutting down"
@@ -251,7 +252,8 @@ class _Member:
         self._pool, self._care, self._number, self._make = pool, pool.care, number, make
         self.engine: Restartable | None = None
         self._starting: Restartable | None = None
-        self._restarts = self._failures = 0
+        self._restarts = 0
+        self._back_off = BackOff(self._care.pause_s, self._care.longest_pause_s, self._care.settled_s)
         self._failure: str | None = None
         self._lost = dict.fromkeys(COUNTERS, 0)
         self._thread = threading.Thread(target=self._watch, name=f"tunesmith-pool-{number}", daemon=True)
@@ -268,7 +270,7 @@ class _Member:
     def status(self) -> EngineStatus:
         engine = self.engine
         if engine is None:
-            alive = self._failures < self._care.failures_told
+            alive = self._back_off.failures < self._care.failures_told
             now = EngineStatus(
                 alive=alive, ready=False, running=0, waiting=0, finished=0, cancelled=0, generated_tokens=0,
                 failure=self._failure,
@@ -299,8 +301,7 @@ class _Member:
             if closed.is_set():
                 return
             self._bury(self.engine, reason)
-            if time.monotonic() - born > self._care.settled_s:
-                self._failures = 0
+            self._back_off.ended(lived_s=time.monotonic() - born)
             while self.engine is None and not closed.is_set():
                 self._start_again()
 
@@ -332,8 +333,7 @@ class _Member:
         self.engine = None
 
     def _start_again(self) -> None:
-        pause = min(self._care.pause_s * 2**self._failures, self._care.longest_pause_s)
-        self._failures += 1
+        pause = self._back_off.next_pause_s()
         self._restarts += 1
         say(f"engine {self._number + 1}: {self._failure}; it is started again in {pause:g} s")
         if self._pool.closed.wait(pause):

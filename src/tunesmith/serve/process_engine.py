@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunesmith.core import proc
-from tunesmith.core.errors import UserError
-from tunesmith.model.limits import Limits
+from tunesmith.model.limits import Limits, check_adapter
 from tunesmith.serve import wire
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus, Prompt
 from tunesmith.serve.streams import Indexed, QueuedStream, call_on, deliver_all
@@ -160,9 +159,7 @@ class ProcessEngine:
         for ask in asks:
             params = ask.params
             self._limits.check(ask.prompt, max_new_tokens=params.max_new_tokens, biased=params.logit_bias)
-            if ask.adapter is not None and ask.adapter not in known:
-                names = ", ".join(known) or "none"
-                raise UserError(f"the adapter '{ask.adapter}' is not loaded", hint=f"loaded: {names}")
+            check_adapter(ask.adapter, known)
 
     def _refuse_when_over(self) -> None:
         if self._failure is not None or self._closing or self._facts is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def usage_file(keys_file: Path) -> Path:
 
 def used_today(keys_file: Path) -> dict[str, int]:
     """Tokens by the name of the key, as last written by the servers that use the file of keys."""
-    return _read(usage_file(keys_file.expanduser().resolve()), _today())
+    return _current(usage_file(keys_file.expanduser().resolve()))[1]
 
 
 def seconds_left_today() -> float:
@@ -37,8 +37,7 @@ class TokenUsage:
 
     def __init__(self, keys_file: Path | None = None) -> None:
         self._file = None if keys_file is None else usage_file(keys_file.expanduser().resolve())
-        self._day = _today()
-        self._stored: dict[str, int] = {} if self._file is None else _read(self._file, self._day)
+        self._day, self._stored = (_today(), {}) if self._file is None else _current(self._file)
         self._new: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
@@ -72,19 +71,21 @@ class TokenUsage:
     def _write(self) -> None:
         with self._lock:
             self._turn_day()
-            day, fresh = self._day, Counter(self._new)
+            began, fresh = self._day, Counter(self._new)
         if self._file is None or not fresh:
             return
         with locked(self._file):
-            whole = Counter(_read(self._file, day)) + fresh
+            day, stored = _current(self._file, least=began)
+            whole = Counter(stored) + fresh
             write_json(self._file, {"day": day, "tokens": dict(whole)}, mode=0o600)
         with self._lock:
-            if self._day == day:
-                self._stored = dict(whole)
+            if self._day == began:
+                self._day, self._stored = day, dict(whole)
                 self._new -= fresh
 
     def _turn_day(self) -> None:
-        if self._day != (today := _today()):
+        today = _today()
+        if self._day not in (today, _after(today)):
             self._day, self._stored, self._new = today, {}, Counter()
 
 
@@ -92,14 +93,29 @@ def _today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def _read(file: Path, day: str) -> dict[str, int]:
-    """The day's tokens by key; nothing of another day, or of a file that is missing or damaged."""
+def _after(day: str) -> str:
+    return (date.fromisoformat(day) + timedelta(days=1)).isoformat()
+
+
+def _current(file: Path, least: str = "") -> tuple[str, dict[str, int]]:
+    """The day that counts, not before `least`, and its tokens by key as the file has them.
+
+    A day that had begun goes on counting when the clock is set back over midnight, or is behind another
+    server's: its tokens would be given a second time.
+    """
+    today = _today()
+    day, tokens = _read(file)
+    counts = max(today, least, day if day == _after(today) else "")
+    return counts, tokens if day == counts else {}
+
+
+def _read(file: Path) -> tuple[str, dict[str, int]]:
+    """(day, its tokens by key); nothing of a file that is missing or damaged."""
     try:
         found: Any = json.loads(file.read_bytes())
-        tokens = found["tokens"] if found["day"] == day else {}
-        return {str(name): int(count) for name, count in tokens.items()}
+        return str(found["day"]), {str(name): int(count) for name, count in found["tokens"].items()}
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return "", {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         say(f"warning: {file}: cannot be read ({type(error).__name__}): today's quotas begin anew")
-        return {}
+        return "", {}

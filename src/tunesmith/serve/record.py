@@ -2,7 +2,8 @@
 
     record = record_of(request.scope)
     record.use(served.name, adapter=served.adapter)     once found; refuses what the key may not use
-    record.prompted(job.prompt_tokens, cached=0)        when the prompt has been counted
+    record.prompted(job.prompt_tokens)                  when the prompt has been counted
+    record.cached_tokens = job.cached_tokens            when it is known how many were not computed again
     record.emitted(number of new tokens)                at each arrival of tokens, whole answers included
     record.finish = "stop"                              reason of the (last) answer
 
@@ -76,10 +77,9 @@ class RequestRecord:
             )
         self.model, self.adapter = model, adapter
 
-    def prompted(self, tokens: int, *, cached: int = 0) -> None:
-        """Count the prompt's tokens; `cached` of them were not computed again."""
+    def prompted(self, tokens: int) -> None:
+        """Count the prompt's tokens."""
         self.prompt_tokens += tokens
-        self.cached_tokens += cached
 
     def emitted(self, tokens: int) -> None:
         """Count tokens that arrive now, of all choices together."""

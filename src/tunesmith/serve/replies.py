@@ -25,10 +25,17 @@ class ErrorReply(Reply):
     error: ErrorFields
 
 
+class PromptTokens(Reply):
+    """cached_tokens: those that were not computed, because the engine's cache had them."""
+
+    cached_tokens: int
+
+
 class Usage(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
 
 class InputUsage(Reply):

@@ -12,12 +12,17 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
+BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+"""JSON lets text hold them, but many clients take them for the end of a line, and half an event for one."""
 
 
 def encode(value: Any, *, name: str | None = None) -> bytes:
     """A value as one event."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(BREAKS)
+    return f"{head}data: {text}\n\n".encode()
 
 
 @asynccontextmanager

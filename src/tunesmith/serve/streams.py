@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
-from tunesmith.model.generate import TokenEvent
+from tunesmith.model.requests import TokenEvent
 from tunesmith.serve.engine import EngineError
 
 Indexed = tuple[int, TokenEvent]

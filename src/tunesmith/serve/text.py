@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
-from tunesmith.model.generate import TokenEvent
-from tunesmith.model.sampling import Logprobs
+from tunesmith.model.requests import Logprobs, TokenEvent
 from tunesmith.serve.tool_calls import CallDelta, ToolParser
 
 UNFINISHED = "\ufffd"
@@ -167,7 +166,8 @@ class Answer:
 
     echo: the prompt's ids and its text, to stand before the answer; None: the answer alone. calls: reads
     tool calls out of the text; kept: the special tokens that it looks for. `sum_logprob` is that of all
-    tokens where log-probabilities were asked for.
+    tokens where log-probabilities were asked for; `cached_tokens`: of the prompt, those that the engine's
+    cache had already.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Answer:
         self._echo = echo
         self._decoded = self._given = len(echo[1]) if echo else 0
         self._waiting: list[Token] = []
-        self.num_tokens = 0
+        self.num_tokens = self.cached_tokens = 0
         self.sum_logprob = 0.0
         self.finish_reason: str | None = None
 
@@ -200,6 +200,7 @@ class Answer:
     def push(self, event: TokenEvent) -> Piece:
         """What this event adds. After a stop string `finish_reason` is "stop": cancel the request."""
         before = self._take_echo(event)
+        self.cached_tokens += event.cached_tokens
         text, stopped = "", False
         if event.token_id is not None:
             self.num_tokens += 1

@@ -137,11 +137,12 @@ class ToolParser:
 
     names: the tools that there are. An answer that begins like a call without a marker is one only if it
     names one of them. White space between content and calls is dropped. What turns out to be no call (broken
-    JSON, no name, an answer cut before the arguments began) stays content.
+    JSON, no name, an answer cut before the arguments began) stays content. either: an answer that does not
+    begin with a call has none: a marker within it is a part of its text.
     """
 
-    def __init__(self, kind: ToolFormat, names: Collection[str]) -> None:
-        self._kind, self._names = kind, frozenset(names)
+    def __init__(self, kind: ToolFormat, names: Collection[str], *, either: bool = False) -> None:
+        self._kind, self._names, self._either = kind, frozenset(names), either
         self._open, self._close = OPEN[kind], CLOSE.get(kind)
         self._text = ""  # what has come and is not given out
         self._ended = False
@@ -205,7 +206,7 @@ class ToolParser:
                 self._say(self._last_words() if self.num_calls else self._text)
                 return ""
             else:
-                held = max(_begun(mark, self._text) for mark in self._markers)
+                held = max((_begun(mark, self._text) for mark in self._markers), default=0)
                 said = self._text[: len(self._text) - held].rstrip()
                 self._text = self._text[len(said) :]
                 self._say(said)
@@ -214,6 +215,9 @@ class ToolParser:
     @property
     def _markers(self) -> list[str]:
         """A closing marker is one only after a call; it belongs to nothing there."""
+        at_once = not self._said and (self._text.startswith(self._open) or self._open.startswith(self._text))
+        if self._either and not (self.num_calls or at_once):
+            return []
         return [self._open, self._close] if self._close and self.num_calls else [self._open]
 
     def _find_marker(self) -> tuple[int, str]:

@@ -33,7 +33,8 @@ class ToolPlan:
 
     kind: the model's form of calls; `is_native` False where its template has none and the Hermes form is
     used. forced: the answer is calls and nothing else. grammar: what the answer is held to, None for nothing.
-    marker_ids: special tokens that the text given to the parser must keep.
+    marker_ids: special tokens that the text given to the parser must keep. either: the answer is calls or
+    content, never both.
     """
 
     kind: ToolFormat
@@ -42,10 +43,11 @@ class ToolPlan:
     forced: bool = False
     grammar: GrammarSpec | None = None
     marker_ids: frozenset[int] = field(default_factory=frozenset)
+    either: bool = False
 
     def parser(self) -> ToolParser:
         """One for each answer."""
-        return ToolParser(self.kind, self.names)
+        return ToolParser(self.kind, self.names, either=self.either)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def plan_tools(
     promised = narrowed or parallel is False or answer is not None or any(tool.strict for _, tool in chosen)
     if forced or promised:
         schemas = {tool.name: _arguments(tool, i, forced=forced) for i, tool in chosen}
-        held = None if answer is None else grammar.lark_body(answer)
+        held = None if answer is None or forced else grammar.lark_body(answer)
         text = _Writer(tokenizer, kind).grammar(schemas, forced=forced, one=one, answer=held)
     return ToolPlan(
         kind,
@@ -99,6 +101,7 @@ def plan_tools(
         forced,
         None if text is None else GrammarSpec("lark", text),
         marker_ids(tokenizer, kind),
+        either=answer is not None and not forced,
     )
 
 
@@ -191,12 +194,11 @@ class _Writer:
 
     def grammar(self, schemas: dict[str, Json], *, forced: bool, one: bool, answer: str | None) -> str:
         """schemas: of each function's arguments. forced: calls alone; else `answer`, or text and calls."""
-        held = answer if not forced else None
         # Where both may be JSON they are compiled alike, or the lexer takes an answer's name for a call's.
-        write = self._as_json if held is not None and self._kind == "llama3" else self._as_text
+        write = self._as_json if answer is not None and self._kind == "llama3" else self._as_text
         rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(schemas)))]
         rules += [f"call_{i}: {write(name, schemas[name])}" for i, name in enumerate(schemas)]
-        begin = self._start(forced) if held is None else self._held(held)
+        begin = self._start(forced) if answer is None else self._held(answer)
         return "\n".join([*begin, *self._calls(one), *rules])
 
     def _as_text(self, name: str, schema: Json) -> str:

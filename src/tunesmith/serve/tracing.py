@@ -7,6 +7,7 @@ Attributes are those of the semantic conventions for generative AI and for HTTP 
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from tunesmith.core.optional import load
@@ -14,7 +15,7 @@ from tunesmith.core.progress import say
 from tunesmith.serve.record import RequestRecord
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-PACKAGES = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+CLOSE_S = 2.0
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/responses": "chat",
@@ -26,8 +27,8 @@ _OPERATIONS = {
 class Traces:
     """Makes the span when the request has ended, with the times that it had."""
 
-    def __init__(self, tracer: Any, provider: Any = None) -> None:
-        self._tracer, self._provider = tracer, provider
+    def __init__(self, provider: Any) -> None:
+        self._tracer, self._provider = provider.get_tracer("tunesmith"), provider
         self._api = load("opentelemetry.trace")
         context = load("opentelemetry.trace.propagation.tracecontext")
         self._propagator = context.TraceContextTextMapPropagator()
@@ -49,9 +50,10 @@ class Traces:
         span.end(int((record.time + record.duration_s) * 1e9))
 
     def close(self) -> None:
-        """Send what has not been sent."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        """Send what has not been sent; a collector that does not answer delays the server's end by 2 s."""
+        ending = threading.Thread(target=self._provider.shutdown, name="tunesmith-traces", daemon=True)
+        ending.start()
+        ending.join(CLOSE_S)
 
 
 def _attributes(record: RequestRecord, operation: str) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def _attributes(record: RequestRecord, operation: str) -> dict[str, Any]:
         "gen_ai.response.id": record.request_id,
         "gen_ai.response.finish_reasons": None if record.finish is None else [record.finish],
         "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
         "gen_ai.usage.output_tokens": record.completion_tokens,
         "gen_ai.server.time_to_first_token": record.first_token_s,
         "http.request.method": record.method,
@@ -81,7 +84,7 @@ def open_traces() -> Traces | None:
     try:
         return _open()
     except ImportError as error:
-        say(f"warning: no traces: {error.name} is not installed: pip install {PACKAGES}")
+        say(f"warning: no traces: {error.name} is not installed: pip install 'tunesmith[tracing]'")
         return None
 
 
@@ -90,6 +93,7 @@ def _open() -> Traces:
     exporter = load("opentelemetry.exporter.otlp.proto.http.trace_exporter").OTLPSpanExporter()
     name = os.environ.get("OTEL_SERVICE_NAME", "tunesmith")
     resource = load("opentelemetry.sdk.resources").Resource.create({"service.name": name})
-    provider = sdk.TracerProvider(resource=resource)
+    # The guard ends it: a second time, when Python ends, would wait for as long as the exporter likes.
+    provider = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(export.BatchSpanProcessor(exporter))
-    return Traces(provider.get_tracer("tunesmith"), provider)
+    return Traces(provider)

@@ -14,12 +14,12 @@ from typing import Any
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.net import EventClient, NetError
-from tunesmith.model.generate import FinishReason, TokenEvent
 from tunesmith.model.grammar import GrammarSpec
-from tunesmith.model.sampling import MAX_LOGPROBS, Logprobs, SamplingParams
+from tunesmith.model.limits import check_adapter
+from tunesmith.model.requests import MAX_LOGPROBS, FinishReason, Logprobs, SamplingParams, TokenEvent
 from tunesmith.model.weights import ADAPTER_CONFIG, is_adapter, read_json_file
+from tunesmith.serve.driver import Command, finish_of
 from tunesmith.serve.engine import Ask, EngineError
-from tunesmith.serve.http_engine import Command, finish_of
 
 BASE = "base"
 GIB = 1024**3
@@ -68,18 +68,19 @@ def plan_vllm(
     lora_ranks: Iterable[int] = (),
     loras: bool = False,
     max_loras: int = 8,
+    dtype: str = "auto",
 ) -> VllmPlan:
     """The arguments for a model of `weight_bytes` on a card of `gpu_bytes`, `free_gpu_bytes` of them free.
 
-    gpu_bytes None: a CPU. lora_ranks: of the adapters known now; loras: others may be loaded later. Raises
-    UserError when weights and one request of max_length do not fit.
+    gpu_bytes None: a CPU. lora_ranks: of the adapters known now; loras: others may be loaded later. dtype: as
+    vLLM calls it. Raises UserError when weights and one request of max_length do not fit.
     """
     ranks = list(lora_ranks)
     rank = lora_rank(max(ranks, default=16)) if ranks or loras else None
     one = kv_bytes_per_token * max_length
     if gpu_bytes is None:
         cache = max(1, math.ceil(min(max_concurrent, 8) * one / GIB))
-        return VllmPlan(max_length, max_concurrent, None, cache, rank, max_loras)
+        return VllmPlan(max_length, max_concurrent, None, cache, rank, max_loras, dtype)
     usable = min(
         free_gpu_bytes if free_gpu_bytes is not None else gpu_bytes, int(gpu_bytes * MOST_UTILIZATION)
     )
@@ -93,7 +94,8 @@ def plan_vllm(
         )
     wanted = weight_bytes + OTHER_GPU_BYTES + max_concurrent * one
     share = min(usable, max(wanted, least)) / gpu_bytes
-    return VllmPlan(max_length, max_concurrent, math.floor(share * 100) / 100, None, rank, max_loras)
+    share = math.floor(share * 100) / 100
+    return VllmPlan(max_length, max_concurrent, share, None, rank, max_loras, dtype)
 
 
 def lora_rank(rank: int) -> int:
@@ -192,8 +194,7 @@ class VllmDriver:
             )
 
     async def unload_adapter(self, client: EventClient, name: str) -> None:
-        if name not in self._loaded:
-            raise UserError(f"the adapter '{name}' is not loaded")
+        check_adapter(name, self._loaded)
         await _call(client, "/v1/unload_lora_adapter", {"lora_name": name}, f"the adapter '{name}'")
         del self._loaded[name]
 

@@ -17,9 +17,8 @@ from typing import IO, Any
 import msgpack
 
 from tunesmith.core.errors import MissingExtra, PlanRefused, TunesmithError, UserError
-from tunesmith.model.generate import TokenEvent
 from tunesmith.model.grammar import GrammarSpec
-from tunesmith.model.sampling import Logprobs, SamplingParams
+from tunesmith.model.requests import Logprobs, SamplingParams, TokenEvent
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus
 
 Message = dict[str, Any]

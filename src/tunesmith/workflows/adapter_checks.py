@@ -19,7 +19,7 @@ from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.adapters import read_config, weights_file
 from tunesmith.model.generator import Generator, computed_in
 from tunesmith.model.quiet import quiet
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 
 
 def log_probs(model: Any, ids: Sequence[int]) -> Tensor:

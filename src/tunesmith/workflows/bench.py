@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 
+from tunesmith.core.cpu import physical_cores
 from tunesmith.core.errors import RunFailed, UserError
 from tunesmith.core.paths import cache_dir, write_json, write_text
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.data.prepare import prepare
 from tunesmith.hub.sources import resolve_model
-from tunesmith.model.hardware import physical_cores, pick_device, pick_training_precision
-from tunesmith.model.load import load_tokenizer
+from tunesmith.model.hardware import pick_device, pick_training_precision
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.workflows.bench_flops import flops_per_token

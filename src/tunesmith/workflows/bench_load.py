@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -28,13 +29,15 @@ QUANTILES = (50, 95, 99)
 class Asked:
     """How every request of a load is made.
 
-    extra: fields beside prompt and length, such as ignore_eos for servers that know it.
+    extra: fields beside prompt and length, such as ignore_eos for servers that know it; count: tokens of a
+    text, for servers that do not tell how many they sent (without it, each piece of text counts as one).
     """
 
     model: str
     endpoint: Literal["completions", "chat"] = "completions"
     new_tokens: int = 128
     extra: dict[str, Any] = field(default_factory=dict)
+    count: Callable[[str], int] | None = None
 
     def path(self) -> str:
         return "/v1/completions" if self.endpoint == "completions" else "/v1/chat/completions"
@@ -45,10 +48,17 @@ class Asked:
         rest = {"model": self.model, "max_tokens": self.new_tokens, "temperature": 0, "stream": True}
         return given | rest | {"stream_options": {"include_usage": True}} | self.extra
 
+    def tokens_of(self, met: Met) -> int:
+        """Of what has come, also before the server has told how many there are."""
+        return self.count(met.text) if self.count and met.text else len(met.chunks)
+
 
 @dataclass
 class Met:
-    """What one request met; seconds on the clock of the load. chunks: when each piece of text came."""
+    """What one request met; seconds on the clock of the load.
+
+    chunks: when each piece of text came; cut: the level's time was up before the answer was whole.
+    """
 
     began: float
     chunks: list[float] = field(default_factory=list)
@@ -56,6 +66,8 @@ class Met:
     prompt_tokens: int = 0
     output_tokens: int = 0
     failure: str | None = None
+    cut: bool = False
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,41 +102,62 @@ def _texts(seed: int) -> Iterator[str]:
 
 
 async def run_level(
-    client: EventClient, asked: Asked, level: Level, prompts: Sequence[str], seed: int
+    client: EventClient,
+    asked: Asked,
+    level: Level,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    limit_s: float | None = None,
 ) -> list[Met]:
-    """Send every prompt once; what each request met, in the order of the prompts."""
+    """Send every prompt once; what each request met, in the order of the prompts.
+
+    limit_s: when so many seconds are over, answers that are not whole are cut and no more requests are sent.
+    """
+    began = time.perf_counter()
+    end = began + (limit_s or math.inf)
     if level.rate is None:
         turns = asyncio.Semaphore(level.concurrency or 1)
 
         async def in_turn(prompt: str) -> Met:
             async with turns:
-                return await _ask(client, asked, prompt)
+                return await _ask(client, asked, prompt, end)
 
         return list(await asyncio.gather(*(in_turn(prompt) for prompt in prompts)))
-    draw, at = random.Random(seed), 0.0
+    draw, at = random.Random(seed), began
     tasks = []
     for prompt in prompts:
-        tasks.append(_ask_at(client, asked, prompt, time.perf_counter() + at))
+        tasks.append(_ask_at(client, asked, prompt, at, end))
         at += draw.expovariate(level.rate)
     return list(await asyncio.gather(*tasks))
 
 
-async def _ask_at(client: EventClient, asked: Asked, prompt: str, moment: float) -> Met:
-    await asyncio.sleep(max(0.0, moment - time.perf_counter()))
-    return await _ask(client, asked, prompt)
+async def _ask_at(client: EventClient, asked: Asked, prompt: str, moment: float, end: float) -> Met:
+    await asyncio.sleep(max(0.0, min(moment, end) - time.perf_counter()))
+    return await _ask(client, asked, prompt, end)
 
 
-async def _ask(client: EventClient, asked: Asked, prompt: str) -> Met:
+async def _ask(client: EventClient, asked: Asked, prompt: str, end: float) -> Met:
     met = Met(time.perf_counter())
-    try:
-        async for data in client.events(asked.path(), asked.body(prompt)):
-            _note(met, data)
-    except NetError as error:
-        met.failure = error.what
+    if met.began < end:
+        await _receive(client, asked, prompt, met, end)
+    else:
+        met.cut = True
     met.ended = time.perf_counter()
     if met.failure is None and not met.output_tokens:
-        met.output_tokens = len(met.chunks)
+        met.output_tokens = asked.tokens_of(met)
     return met
+
+
+async def _receive(client: EventClient, asked: Asked, prompt: str, met: Met, end: float) -> None:
+    try:
+        async with asyncio.timeout(None if math.isinf(end) else end - met.began):
+            async for data in client.events(asked.path(), asked.body(prompt)):
+                _note(met, data)
+    except NetError as error:
+        met.failure = error.what
+    except TimeoutError:
+        met.cut = True
 
 
 def _note(met: Met, data: str) -> None:
@@ -132,16 +165,16 @@ def _note(met: Met, data: str) -> None:
         return
     try:
         found = json.loads(data)
-    except ValueError:
-        met.failure = f"an event is not JSON: {data[:100]}"
-        return
-    if found.get("error"):
-        met.failure = str(found["error"].get("message", found["error"]))
-    for choice in found.get("choices") or ():
-        if choice.get("text") or (choice.get("delta") or {}).get("content"):
-            met.chunks.append(time.perf_counter())
-    if usage := found.get("usage"):
-        met.prompt_tokens, met.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        if error := found.get("error"):
+            met.failure = str(error.get("message", error) if isinstance(error, dict) else error)
+        for choice in found.get("choices") or ():
+            if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
+                met.chunks.append(time.perf_counter())
+                met.text += text
+        if usage := found.get("usage"):
+            met.prompt_tokens, met.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    except (ValueError, TypeError, AttributeError, KeyError):
+        met.failure = f"an event is not one of OpenAI's: {data[:100]}"
 
 
 # -- figures ----------------------------------------------------------------------------------------------
@@ -151,10 +184,13 @@ def figures(level: Level, mets: Sequence[Met]) -> dict[str, Any]:
     """Of one load: rates over the time from the first request to the last answer, and times in seconds.
 
     first_token_s: from asking to the first text; between_tokens_s: from one piece of text to the next;
-    whole_s: from asking to the end. Each has p50, p95 and p99.
+    whole_s: from asking to the end. Each has p50, p95 and p99. Answers that were cut are neither failed nor
+    in whole_s; what had come of them counts, and `unfinished` says how many there are.
     """
     good = [met for met in mets if met.failure is None]
+    whole = [met for met in good if not met.cut]
     wall_s = max(met.ended for met in mets) - min(met.began for met in mets)
+    output_tokens = sum(met.output_tokens for met in good)
     between = [later - earlier for met in good for earlier, later in pairwise(met.chunks)]
     return {
         "mode": "closed" if level.rate is None else "open",
@@ -162,15 +198,16 @@ def figures(level: Level, mets: Sequence[Met]) -> dict[str, Any]:
         "rate": level.rate,
         "requests": len(mets),
         "failed": len(mets) - len(good),
+        "unfinished": len(good) - len(whole),
         "failures": sorted({met.failure for met in mets if met.failure})[:5],
         "prompt_tokens": sum(met.prompt_tokens for met in good),
-        "output_tokens": sum(met.output_tokens for met in good),
+        "output_tokens": output_tokens,
         "wall_s": wall_s,
-        "tokens_per_s": sum(met.output_tokens for met in good) / wall_s,
-        "requests_per_s": len(good) / wall_s,
+        "tokens_per_s": output_tokens / wall_s,
+        "requests_per_s": len(whole) / wall_s,
         "first_token_s": percentiles([met.chunks[0] - met.began for met in good if met.chunks]),
         "between_tokens_s": percentiles(between),
-        "whole_s": percentiles([met.ended - met.began for met in good]),
+        "whole_s": percentiles([met.ended - met.began for met in whole]),
     }
 
 

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.core.errors import UserError
-from tunesmith.core.net import EventClient
+from tunesmith.core.net import EventClient, NetError
 from tunesmith.core.paths import write_json
 from tunesmith.core.progress import say
 from tunesmith.core.units import GIB
 from tunesmith.workflows.bench_load import Asked, Level, figures, make_prompts, run_level
-from tunesmith.workflows.bench_measure import Usage
+from tunesmith.workflows.bench_measure import family
 from tunesmith.workflows.bench_serve_report import curves_svg, table
 from tunesmith.workflows.endpoint import serving
 
 WARM_UP = 2
-WATCH_S = 0.1
+WATCH_S = 0.25
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """target: the URL of a server, or what `tunesmith serve` takes; rates: requests a second, open loop;
-    requests: of each level, at least two for every client; prompt_tokens: (fewest, most), about."""
+    """target: the URL of a server, or what `tunesmith serve` takes; rates: requests a second, open loop.
+
+    requests: of each level in turn, or one number for all, which means at least two for every client;
+    limit_s: the most seconds of a level; prompt_tokens: (fewest, most), about; count: tokens of a text, for
+    servers that do not tell how many they sent.
+    """
 
     target: str
     model: str | None = None
@@ -37,59 +41,98 @@ class LoadOptions:
     endpoint: Literal["completions", "chat"] = "completions"
     concurrency: tuple[int, ...] = (1, 8, 32)
     rates: tuple[float, ...] = ()
-    requests: int = 8
+    requests: tuple[int, ...] = (8,)
+    limit_s: float | None = None
     new_tokens: int = 128
     prompt_tokens: tuple[int, int] = (60, 300)
     ignore_eos: bool = True
     seed: int = 0
     output: Path = Path("bench-serve")
     serve_args: tuple[str, ...] = ()
+    count: Callable[[str], int] | None = None
+
+    def levels(self) -> list[tuple[Level, int]]:
+        """Each level and its number of requests. Raises UserError when there are not as many of both."""
+        levels = [
+            *(Level(concurrency=count) for count in self.concurrency),
+            *(Level(rate=rate) for rate in self.rates),
+        ]
+        if not levels:
+            raise UserError("there is no load to measure", hint="give --concurrency or --rate")
+        if len(self.requests) == 1:
+            return [(level, max(self.requests[0], 2 * (level.concurrency or 0))) for level in levels]
+        if len(self.requests) != len(levels):
+            raise UserError(
+                f"--requests {','.join(map(str, self.requests))}: are {len(self.requests)} numbers for "
+                f"{len(levels)} levels",
+                hint="give one number, or one for each of --concurrency and --rate",
+            )
+        return list(zip(levels, self.requests, strict=True))
+
+
+@dataclass
+class PeakMemory:
+    """The most that processes and their children held together. A page that several of them share counts once
+    (PSS, proportional set size)."""
+
+    bytes: int = 0
+
+    def look(self, *pids: int) -> None:
+        self.bytes = max(self.bytes, sum(_pss(one) for pid in pids for one in family(pid)))
+
+
+def _pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
 
 
 def bench_serve(options: LoadOptions) -> dict[str, Any]:
-    """Measure every level; the figures, and files results.json and latency.svg in the output folder.
+    """Measure every level; the figures, and files results.json and latency.svg in the output folder, where
+    the log of a server that was started goes too.
 
     Raises UserError for a server that is not there or has no such model, and when every request fails.
     """
-    options.output.mkdir(parents=True, exist_ok=True)
+    options.levels()
     if options.target.startswith(("http://", "https://")):
         found = measure(options.target.removesuffix("/").removesuffix("/v1"), options)
     else:
         found = _measure_own(options)
     found["table"] = table([found])
+    options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "results.json", found)
     (options.output / "latency.svg").write_text(curves_svg([found]), encoding="utf-8")
     return found
 
 
-def _measure_own(options: LoadOptions) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
-        began = time.perf_counter()
-        with serving(options.target, log=Path(folder) / "server.log", args=options.serve_args) as endpoint:
-            ready_s = time.perf_counter() - began
-            usage, asking = Usage(), LoadOptions(**{**vars(options), "api_key": endpoint.api_key})
-            with watched(endpoint.pid, usage):
-                found = measure(endpoint.url, asking)
-    return found | {"ready_s": ready_s, "peak_gib": usage.peak_bytes / GIB}
+def _measure_own(options: LoadOptions) -> Row:
+    began, log = time.perf_counter(), options.output / "server.log"
+    with serving(options.target, log=log, args=options.serve_args) as endpoint:
+        ready_s = time.perf_counter() - began
+        with watched(endpoint.pid) as peak:
+            found = measure(endpoint.url, replace(options, api_key=endpoint.api_key))
+    return found | {"ready_s": ready_s, "peak_gib": peak.bytes / GIB}
 
 
 @contextmanager
-def watched(pid: int, usage: Usage) -> Iterator[None]:
-    """Look at a process and its children ten times a second while the block runs."""
-    done = threading.Event()
+def watched(*pids: int) -> Iterator[PeakMemory]:
+    """Look at the processes and their children four times a second while the block runs."""
+    done, peak = threading.Event(), PeakMemory()
 
     def look() -> None:
         while not done.wait(WATCH_S):
-            usage.look(pid)
+            peak.look(*pids)
 
     watcher = threading.Thread(target=look, name="bench-watch", daemon=True)
     watcher.start()
     try:
-        yield
+        yield peak
     finally:
         done.set()
         watcher.join()
-        usage.look(pid)
+        peak.look(*pids)
 
 
 def measure(url: str, options: LoadOptions, tell: Callable[[str], None] = say) -> dict[str, Any]:
@@ -101,12 +144,13 @@ async def _measure(url: str, options: LoadOptions, tell: Callable[[str], None]) 
     client = EventClient(url, api_key=options.api_key)
     try:
         asked = await _asked(client, url, options)
-        await run_level(client, asked, Level(concurrency=WARM_UP), make_prompts(WARM_UP, (60, 60), -1), 0)
+        warm = Level(concurrency=WARM_UP)
+        await run_level(client, asked, warm, make_prompts(WARM_UP, (60, 60), -1), 0, limit_s=options.limit_s)
         rows = []
-        for number, level in enumerate(_levels(options)):
-            count = max(options.requests, 2 * (level.concurrency or 0))
+        for number, (level, count) in enumerate(options.levels()):
             prompts = make_prompts(count, options.prompt_tokens, options.seed + number)
-            rows.append(figures(level, await run_level(client, asked, level, prompts, options.seed)))
+            mets = await run_level(client, asked, level, prompts, options.seed, limit_s=options.limit_s)
+            rows.append(figures(level, mets))
             _check(url, level, rows[-1])
             tell(f"{level.name}: {rows[-1]['tokens_per_s']:.1f} tokens/s")
     finally:
@@ -116,23 +160,36 @@ async def _measure(url: str, options: LoadOptions, tell: Callable[[str], None]) 
 
 async def _asked(client: EventClient, url: str, options: LoadOptions) -> Asked:
     """Raises UserError for a model that the server does not have."""
-    names = [str(card["id"]) for card in (await client.get("/v1/models")).get("data") or ()]
+    names = await _model_names(client, url)
     model = options.model or (names[0] if names else None)
     if model is None or (options.model and names and options.model not in names):
         raise UserError(
             f"--model {options.model}: {url} has {', '.join(names) or 'no model'}",
             hint="give --model one of its names",
         )
-    extra = {"ignore_eos": True} if options.ignore_eos else {}
-    return Asked(model=model, endpoint=options.endpoint, new_tokens=options.new_tokens, extra=extra)
+    return Asked(
+        model=model,
+        endpoint=options.endpoint,
+        new_tokens=options.new_tokens,
+        extra={"ignore_eos": True} if options.ignore_eos else {},
+        count=options.count,
+    )
 
 
-def _levels(options: LoadOptions) -> list[Level]:
-    closed: Sequence[Level] = [Level(concurrency=count) for count in options.concurrency]
-    return [*closed, *(Level(rate=rate) for rate in options.rates)]
+async def _model_names(client: EventClient, url: str) -> list[str]:
+    """Raises UserError when no OpenAI-compatible server answers at `url`, or none without a key."""
+    try:
+        found = await client.get("/v1/models")
+        return [str(card["id"]) for card in found.get("data") or ()]
+    except NetError as error:
+        if error.status in (401, 403):
+            raise UserError(error.what, hint="give the server's key: --api-key") from None
+        raise UserError(error.what, hint="is an OpenAI-compatible server up at this address?") from None
+    except (AttributeError, TypeError, KeyError):
+        raise UserError(f"{url}/v1/models: the answer is not a list of models") from None
 
 
-def _check(url: str, level: Level, row: dict[str, Any]) -> None:
+def _check(url: str, level: Level, row: Row) -> None:
     if row["failed"] == row["requests"]:
         raise UserError(
             f"{url}: every request of {level.name} failed: {row['failures'][0]}",

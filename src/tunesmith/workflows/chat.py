@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tunesmith.core.errors import UserError
 from tunesmith.model.generate import Generator
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.model.template import encode_prompt, stop_token_ids
 from tunesmith.serve.text import Answer, Detokenizer
 from tunesmith.workflows.open_model import OpenModel

@@ -17,8 +17,11 @@ from tunesmith.core import proc
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.paths import cache_dir, write_text
 from tunesmith.core.progress import say
+from tunesmith.core.run_folder import RunFolder, is_run
 from tunesmith.image.compose import Written, add_services, compose_yaml, same_service, written_services
 from tunesmith.image.services import LAB_PORT, NAMES, SERVE_PORT, Gpus, Ipc, Options, make_services
+from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.serving import Serve
 
 FOLDER = Path(".tunesmith")
 IMAGES = {"lab": "tunesmith:train", "train": "tunesmith:train", "serve": "tunesmith:serve"}
@@ -180,6 +183,7 @@ def make_options(project: Project, wanted: Wanted) -> Options:
         bind=wanted.bind or "127.0.0.1",
         lab_port=LAB_PORT if wanted.lab_port is None else wanted.lab_port,
         serve_port=SERVE_PORT if wanted.serve_port is None else wanted.serve_port,
+        serve_grace_s=_serve_grace_s(wanted.run),
         lab_password=wanted.password is not None,
         host_network=bool(wanted.host_network),
         ipc=wanted.ipc or "private",
@@ -221,6 +225,20 @@ def _recipe(path: Path | None) -> Path | None:
     if not path.expanduser().is_file():
         raise UserError(f"--recipe {path}: there is no such recipe", hint="give the path of a recipe file")
     return path.expanduser().absolute()
+
+
+def _serve_grace_s(run: str | None) -> float:
+    """Of the recipe of the run that is served. Raises UserError for a run whose recipe asks for TLS."""
+    folder = RunFolder(Path(run or "").expanduser())
+    if run is None or not is_run(folder.path):
+        return Serve().grace_s
+    settings = load_recipe(folder.resolved if folder.resolved.is_file() else folder.recipe).serve
+    if settings.tls_cert is not None:
+        raise UserError(
+            f"--run {run}: its recipe has serve.tls_cert, and containers are looked after over plain http",
+            hint="put a proxy that has the certificate before the container, and leave serve.tls_cert out",
+        )
+    return settings.grace_s
 
 
 def _gpus(wanted: str) -> Gpus:

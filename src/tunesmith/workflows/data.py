@@ -18,7 +18,8 @@ from tunesmith.data.prepare import Prepared, malformed, peek, prepare, system_of
 from tunesmith.data.readers import open_source
 from tunesmith.data.tokens import RowEncoder
 from tunesmith.hub.sources import resolve_model
-from tunesmith.model.load import context_length, load_config, load_tokenizer
+from tunesmith.model.config import context_length, load_config
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.resolve import MAX_LENGTH
 from tunesmith.recipe.schema import Data, Objective, Recipe, Train

@@ -23,8 +23,8 @@ from tunesmith.core import proc
 from tunesmith.core.errors import Interrupted, TunesmithError, UserError
 from tunesmith.core.net import post_json, wait_until_ready
 from tunesmith.model.batch import IGNORE
-from tunesmith.model.load import load_tokenizer
 from tunesmith.model.template import encode_dialogue
+from tunesmith.model.tokenizer import load_tokenizer
 
 START_S = 120.0
 ANSWER_S = 120.0

@@ -1,29 +1,21 @@
-"""The engine in a process of its own, from both sides: how it is started, and what it does then."""
+"""What the process of an engine does, from its first message on."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
-import sys
+import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.serve import wire
 from tunesmith.serve.engine_server import serve_engine
-from tunesmith.serve.process_engine import ProcessEngine
-from tunesmith.workflows.open_engine import EngineWants, open_engine
-
-
-def process_engine(wants: EngineWants) -> ProcessEngine:
-    """An engine that will load `wants` in a process of its own."""
-    command = [sys.executable, "-m", "tunesmith.cli.engine", str(os.getpid())]
-    # Not the key that clients send: it is none of the engine's business.
-    env = {name: value for name, value in os.environ.items() if name != "TUNESMITH_API_KEY"}
-    return ProcessEngine(command, asdict(wants), max_waiting=wants.max_waiting, env=env)
+from tunesmith.serve.local_engine import LocalEngine
+from tunesmith.workflows.engine_wants import EngineWants
+from tunesmith.workflows.open_engine import load_engine, wait_until_ready
 
 
 def run(number: int) -> int:
@@ -33,14 +25,39 @@ def run(number: int) -> int:
     if message is None:
         return 1
     try:
-        engine, facts = open_engine(_wants(message))
+        engine, facts = load_engine(_wants(message))
     except Exception as error:
-        if not isinstance(error, (TunesmithError, OSError, ImportError)) or os.environ.get("TUNESMITH_DEBUG"):
-            traceback.print_exc()
-        connection.sendall(wire.encode("failed", error=wire.error_to_plain(error)))
-        return 1
-    asyncio.run(serve_engine(engine, connection, facts))
-    return 0
+        return _tell(connection, error)
+    server = _Server(engine, connection, facts)
+    server.start()
+    engine.run(facts["probe"])
+    server.join()
+    return server.code
+
+
+class _Server(threading.Thread):
+    """Hears and answers, beside the process's first thread, which computes."""
+
+    def __init__(self, engine: LocalEngine, connection: socket.socket, facts: Mapping[str, Any]) -> None:
+        super().__init__(name="tunesmith-engine-server", daemon=True)
+        self._engine, self._connection, self._facts = engine, connection, facts
+        self.code = 0
+
+    def run(self) -> None:
+        try:
+            wait_until_ready(self._engine)
+        except TunesmithError as error:
+            self.code = _tell(self._connection, error)
+            return
+        asyncio.run(serve_engine(self._engine, self._connection, self._facts))
+
+
+def _tell(connection: socket.socket, error: Exception) -> int:
+    """That it did not load; the process's exit code."""
+    if not isinstance(error, (TunesmithError, OSError, ImportError)) or os.environ.get("TUNESMITH_DEBUG"):
+        traceback.print_exc()
+    connection.sendall(wire.encode("failed", error=wire.error_to_plain(error)))
+    return 1
 
 
 def _wants(message: Mapping[str, Any]) -> EngineWants:

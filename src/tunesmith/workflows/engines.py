@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,8 @@ from tunesmith.serve import llamacpp_launch
 EngineName = Literal["local", "vllm", "llamacpp"]
 LLAMA_SERVER = "TUNESMITH_LLAMA_SERVER"
 VLLM = "TUNESMITH_VLLM"
+VLLM_ARGS = "TUNESMITH_VLLM_ARGS"
+OUR_VLLM_OPTIONS = ("--host", "--port", "--uds", "--api-key", "--served-model-name", "--max-logprobs")
 
 
 @dataclass(frozen=True)
@@ -99,22 +101,23 @@ def vllm_program(given: str | None = None) -> list[str]:
     return [program]
 
 
+def vllm_args() -> list[str]:
+    """More options of `vllm serve`, such as --tensor-parallel-size 2, from $TUNESMITH_VLLM_ARGS.
+
+    Raises UserError for one that is ours to set: where it listens, its key, and what it answers to.
+    """
+    try:
+        args = shlex.split(os.environ.get(VLLM_ARGS, ""))
+    except ValueError as error:
+        raise UserError(f"${VLLM_ARGS}: {error}", hint="write it as in a shell") from None
+    for option in args:
+        if option.split("=")[0].replace("_", "-") in OUR_VLLM_OPTIONS:
+            raise UserError(f"${VLLM_ARGS}: {option} is set from here", hint="leave it out")
+    return args
+
+
 def _program(named: str, variable: str) -> str:
     found = shutil.which(str(Path(named).expanduser()))
     if found is None:
         raise UserError(f"{named}: no program that can be started", hint=f"correct ${variable} or the option")
     return found
-
-
-def newest_gguf(folder: Path) -> Path:
-    """The one GGUF file in `folder`, or the newest in the export folder of a run.
-
-    Raises UserError when there is none.
-    """
-    found: Sequence[Path] = [folder] if folder.suffix == ".gguf" and folder.is_file() else []
-    found = found or list(folder.glob("*.gguf")) or list(folder.glob("export/gguf/*/*.gguf"))
-    if not found:
-        raise UserError(
-            f"{folder}: holds no GGUF file", hint=f"make one: tunesmith export {folder} --to gguf"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)

@@ -18,7 +18,7 @@ from tunesmith.core.progress import Meter
 from tunesmith.model import attention
 from tunesmith.model.generate import generate
 from tunesmith.model.hardware import pick_device, pick_serving_dtype, set_threads
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.model.scoring import document_losses
 from tunesmith.model.template import stop_token_ids
 from tunesmith.workflows.eval_rows import EvalRow, EvalRows, packed, read_rows

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from tunesmith.core.paths import new_folder, write_json, write_text
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder, manifest_holds, open_run, read_manifest
 from tunesmith.export.card import card
-from tunesmith.export.merge import Check, write_merged, write_plain
+from tunesmith.export.check import Check
+from tunesmith.export.merge import write_merged, write_plain
 from tunesmith.export.probes import PROMPTS
 from tunesmith.export.save import (
     EXPORT,
@@ -29,9 +30,10 @@ from tunesmith.hub.lock import read_lock, verify_model, versions
 from tunesmith.hub.made import check_disk
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import run_base
+from tunesmith.model.config import load_config
 from tunesmith.model.hardware import DTYPES
-from tunesmith.model.load import load_config, load_tokenizer
 from tunesmith.model.template import encode_prompt, stop_token_ids
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.weights import (
     ADAPTER_CONFIG,
     has_tokenizer,
@@ -43,7 +45,7 @@ from tunesmith.model.weights import (
 from tunesmith.workflows.open_model import load_weights
 from tunesmith.workflows.run_facts import card_facts, run_recipe
 
-Kind = Literal["adapter", "merged", "gguf"]
+Kind = Literal["adapter", "merged", "gguf", "int8", "awq"]
 OTHER_FILES_BYTES = 64 * 1024**2
 
 
@@ -52,6 +54,7 @@ class ExportResult:
     """A published export; `checks` hold for a merged model, an adapter is copied as trained.
 
     run, step: None for an exported model that no run made. notes: what a user of the files should know.
+    figures: how a quantised model compares with the trained one.
     """
 
     kind: Kind
@@ -62,6 +65,7 @@ class ExportResult:
     base: str
     checks: list[Check]
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -74,7 +78,17 @@ class ExportResult:
             "bytes": sum(path.stat().st_size for path in self.folder.iterdir()),
             "checks": [check.as_dict() for check in self.checks],
             "notes": list(self.notes),
+            "figures": dict(self.figures),
         }
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A folder being filled; what is put into checks and figures is told in its card."""
+
+    folder: Path
+    checks: list[Check] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,11 +205,11 @@ def _export_adapter(job: ExportJob, target: Path, dtype: str | None) -> ExportRe
     if dtype is not None:
         raise UserError("--dtype is for merged models: an adapter is exported as trained, in fp32")
     size = sum(path.stat().st_size for path in job.adapter.iterdir())
-    with _publish(job, "adapter", target, size, "float32") as (folder, checks):
+    with publish(job, "adapter", target, size, "float32") as draft:
         for path in sorted(job.adapter.iterdir()):
-            shutil.copyfile(path, folder / path.name)
-        _name_base(folder, job)
-    return ExportResult("adapter", target, job.run.path, job.step, "float32", job.base_name, checks)
+            shutil.copyfile(path, draft.folder / path.name)
+        _name_base(draft.folder, job)
+    return ExportResult("adapter", target, job.run.path, job.step, "float32", job.base_name, draft.checks)
 
 
 def _name_base(folder: Path, job: ExportJob) -> None:
@@ -209,19 +223,26 @@ def _name_base(folder: Path, job: ExportJob) -> None:
 
 
 def _export_merged(job: ExportJob, target: Path, dtype: str | None) -> ExportResult:
-    wanted = _dtype(dtype, job.base.folder, job.trust_remote_code)
+    wanted = weights_dtype(dtype, job.base.folder, job.trust_remote_code)
     name = str(wanted).removeprefix("torch.")
     size = merged_bytes(job.trained.folder, wanted)
     prompts = probes(job)
-    with _publish(job, "merged", target, size, name) as (folder, checks):
+    with publish(job, "merged", target, size, name) as draft:
         say(f"merge and check {job.run.path.name}, step {job.step}, as {name}")
         model = load_weights(
             job.trained, dtype=torch.float32, device="cpu", trust_remote_code=job.trust_remote_code
         )
         write = write_merged if job.adapter else _write_full
-        checks += write(model, folder, dtype=wanted, prompts=prompts, trust_remote_code=job.trust_remote_code)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-    return ExportResult("merged", target, job.run.path, job.step, name, job.base_name, checks)
+        draft.checks.extend(
+            write(
+                model,
+                draft.folder,
+                dtype=wanted,
+                prompts=prompts,
+                trust_remote_code=job.trust_remote_code,
+            )
+        )
+    return ExportResult("merged", target, job.run.path, job.step, name, job.base_name, draft.checks)
 
 
 def _write_full(model: Any, folder: Path, **how: Any) -> list[Check]:
@@ -229,37 +250,41 @@ def _write_full(model: Any, folder: Path, **how: Any) -> list[Check]:
 
 
 @contextmanager
-def _publish(
-    job: ExportJob, kind: Kind, target: Path, weight_bytes: int, dtype: str
-) -> Iterator[tuple[Path, list[Check]]]:
+def publish(job: ExportJob, kind: Kind, target: Path, weight_bytes: int, dtype: str) -> Iterator[Draft]:
     """Yield a new folder for the weights; add all other files, then rename it to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     check_disk(target.parent, weight_bytes + OTHER_FILES_BYTES, what=f"the {kind} export")
-    checks: list[Check] = []
     with new_folder(target) as folder:
-        yield folder, checks
+        draft = Draft(folder)
+        yield draft
+        (folder / "generation_config.json").unlink(missing_ok=True)
         copy_tokenizer(job.tokenizer_folder, folder)
         write_generation_config(job.base.folder, folder, job.stop_ids, job.tokenizer.pad_token_id)
         facts = card_facts(
-            job.run, kind=kind, step=job.step, base=job.base, base_name=job.base_name, checks=checks
+            job.run, kind=kind, step=job.step, base=job.base, base_name=job.base_name, checks=draft.checks
         )
-        write_text(folder / "README.md", card(facts))
-        shown = [check.as_dict() for check in checks]
-        write_json(
-            folder / EXPORT,
-            {"to": kind, "run": job.run.path.name, "step": job.step, "dtype": dtype}
-            | {
-                "base": job.base_name,
-                "base_revision": job.base.revision,
-                "checks": shown,
-                "versions": versions(),
-            },
-        )
+        write_text(folder / "README.md", card(replace(facts, quantised=draft.figures)))
+        write_json(folder / EXPORT, _about(job, kind, dtype, draft))
         for path in folder.iterdir():
             path.chmod(0o644)
 
 
-def _dtype(wanted: str | None, base: Path, trust: bool) -> torch.dtype:
+def _about(job: ExportJob, kind: Kind, dtype: str, draft: Draft) -> dict[str, Any]:
+    return {
+        "to": kind,
+        "run": job.run.path.name,
+        "step": job.step,
+        "dtype": dtype,
+        "base": job.base_name,
+        "base_revision": job.base.revision,
+        "checks": [check.as_dict() for check in draft.checks],
+        "figures": draft.figures,
+        "versions": versions(),
+    }
+
+
+def weights_dtype(wanted: str | None, base: Path, trust: bool) -> torch.dtype:
+    """The format that `wanted` names, else the base's own. Raises UserError for another name."""
     if wanted is None:
         found = load_config(base, trust_remote_code=trust).dtype
         return found if isinstance(found, torch.dtype) else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from tunesmith.core.paths import new_folder, write_json, write_text
 from tunesmith.core.proc import run as run_program
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder, is_run, open_run, write_manifest
+from tunesmith.export.check import Check
 from tunesmith.export.gguf import (
     BY_LLAMA_QUANTIZE,
     DIRECT,
+    K_BLOCK,
     GgufModel,
     check_family,
     check_gguf,
@@ -28,14 +31,15 @@ from tunesmith.export.gguf import (
     write_gguf,
 )
 from tunesmith.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
-from tunesmith.export.merge import Check, merge_checked
+from tunesmith.export.merge import merge_checked
 from tunesmith.export.ollama import Render, match_form, modelfile
 from tunesmith.export.save import EXPORT, check_target
 from tunesmith.hub.lock import versions
 from tunesmith.hub.made import check_disk
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
-from tunesmith.model.load import load_config, load_tokenizer
+from tunesmith.model.config import load_config
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.recipe.resolve import SERVE_MAX_LENGTH
 from tunesmith.workflows.export import (
     OTHER_FILES_BYTES,
@@ -49,6 +53,7 @@ from tunesmith.workflows.open_model import load_weights
 
 MODELFILE = "Modelfile"
 QUANTIZE = "llama-quantize"
+LLAMA_QUANTIZE = "TUNESMITH_LLAMA_QUANTIZE"
 _OWN_FORMAT = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -97,7 +102,7 @@ def export_gguf(
     say(f"write {source.name} as GGUF, {fmt}")
     state, checks = _weights(source, config)
     model = _model(source, config, state, words)
-    notes = _notes(words, model, config)
+    notes = _notes(words, model, config, fmt)
     with new_folder(target) as folder:
         file = folder / f"{source.name}-{fmt.upper()}.gguf"
         checks.append(_write(model, file, fmt))
@@ -113,11 +118,24 @@ def _check_format(fmt: str) -> None:
             f"--quant: '{fmt}' is not a format of GGUF weights",
             hint=f"take one of {', '.join((*DIRECT, *BY_LLAMA_QUANTIZE))}",
         )
-    if fmt in BY_LLAMA_QUANTIZE and shutil.which(QUANTIZE) is None:
+    if fmt in BY_LLAMA_QUANTIZE:
+        llama_quantize(fmt)
+
+
+def llama_quantize(fmt: str) -> str:
+    """The program that writes the format `fmt`: $TUNESMITH_LLAMA_QUANTIZE, else llama-quantize on PATH.
+
+    Raises UserError when there is none.
+    """
+    named = os.environ.get(LLAMA_QUANTIZE)
+    found = shutil.which(str(Path(named).expanduser()) if named else QUANTIZE)
+    if found is None:
+        where = f"'{named}' of ${LLAMA_QUANTIZE} is no program" if named else "it is not on PATH"
         raise UserError(
-            f"--quant {fmt}: only llama.cpp's program '{QUANTIZE}' writes this format, and it is not on PATH",
-            hint=f"install llama.cpp, or take one of {', '.join(DIRECT)}",
+            f"--quant {fmt}: only llama.cpp's program '{QUANTIZE}' writes this format, and {where}",
+            hint=f"install llama.cpp, name it in ${LLAMA_QUANTIZE}, or take one of {', '.join(DIRECT)}",
         )
+    return found
 
 
 def _open_source(path: str, checkpoint: int | None) -> _Source:
@@ -179,15 +197,22 @@ def _write(model: GgufModel, file: Path, fmt: str) -> Check:
     else:
         full = file.with_name("full.gguf")
         write_gguf(model, full, "f32")
-        run_program([QUANTIZE, str(full), str(file), fmt.upper()])
+        run_program([llama_quantize(fmt), str(full), str(file), fmt.upper()])
         full.unlink()
         error = check_gguf(model, file, fmt)
     source = "every value within its format's rounding, by Frobenius norm of the worst tensor"
     return Check("GGUF read back against the weights", error, error_bound(fmt), source)
 
 
-def _notes(words: GgufTokenizer, model: GgufModel, config: Any) -> tuple[str, ...]:
+def _notes(words: GgufTokenizer, model: GgufModel, config: Any, fmt: str) -> tuple[str, ...]:
     notes = list(words.notes)
+    widths = [tensor.shape[-1] for tensor in model.state.values() if tensor.ndim > 1]
+    odd = sorted({width for width in widths if width % K_BLOCK})
+    if fmt in BY_LLAMA_QUANTIZE and odd:
+        notes.append(
+            f"{fmt} has blocks of {K_BLOCK}: llama.cpp stores {sum(w in odd for w in widths)} of "
+            f"{len(widths)} matrices, with rows of {', '.join(map(str, odd))}, in an older and larger format"
+        )
     if len(end_ids(model)) > 3:
         left = [words.tokens[number] for number in end_ids(model)[3:]]
         notes.append(f"GGUF has room for three stop tokens: stop at {', '.join(left)} too")

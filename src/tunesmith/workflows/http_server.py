@@ -22,6 +22,7 @@ from tunesmith.serve.bodies import Bounds
 from tunesmith.serve.connections import bounded_connection
 
 LAST_WORDS_S = 3.0
+HURRY_S = 1.0
 POLL_S = 0.02
 
 
@@ -53,16 +54,16 @@ def url_of(listener: socket.socket, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def check_tls(cert: Path | None, key: Path | None) -> dict[str, str]:
+def check_tls(cert: str | None, key: str | None) -> dict[str, str]:
     """uvicorn's options for TLS; none without a certificate. Raises UserError for files that do not fit."""
     if cert is None:
         if key is not None:
             raise UserError(f"--tls-key {key}: without --tls-cert it is of no use", hint="give both")
         return {}
-    for option, file in (("--tls-cert", cert), ("--tls-key", key)):
-        if file is not None and not file.expanduser().is_file():
+    files = [str(Path(file).expanduser()) for file in (cert, key) if file is not None]
+    for option, file in zip(("--tls-cert", "--tls-key"), files, strict=False):
+        if not Path(file).is_file():
             raise UserError(f"{option} {file}: there is no such file", hint="give a PEM file")
-    files = [str(file.expanduser()) for file in (cert, key) if file is not None]
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
             files[0], files[1] if len(files) > 1 else None, password=""
@@ -97,7 +98,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=bounded_connection(bounds),
-            log_level="warning",
+            log_level="error",
             access_log=False,
             timeout_graceful_shutdown=int(LAST_WORDS_S),
             server_header=False,
@@ -105,6 +106,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.stopped_by: int | None = None
+        self._hurried = False
         self._drain, self._finish, self._num_running, self._abort = drain, finish, num_running, abort
         self._grace_s = grace_s
         self._ending: threading.Thread | None = None
@@ -120,7 +122,7 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if self._ending is not None and not self.force_exit:
+            if self._ending is not None and not self._hurried:
                 self._ending.join()
 
     def stop(self) -> None:
@@ -135,19 +137,30 @@ class Server(uvicorn.Server):
             self._drain()
             self._finish(self._grace_s)
             # The engine's last tokens are still on their way through the event loop to the clients.
-            while self._num_running() and time.monotonic() < end + LAST_WORDS_S and not self.force_exit:
+            while self._num_running() and time.monotonic() < end + LAST_WORDS_S and not self._hurried:
                 time.sleep(POLL_S)
         finally:
             self.should_exit = True
 
+    def _hurry(self) -> None:
+        """What runs is told of its end by the engine's; only what has no time to hear it is cut off."""
+        end = time.monotonic() + HURRY_S
+        while self._num_running() and time.monotonic() < end:
+            time.sleep(POLL_S)
+        self.force_exit = self._num_running() > 0
+        self.should_exit = True
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.stopped_by is not None:
+        if self._hurried:
             self.should_exit = self.force_exit = True
-            threading.Thread(target=self._abort, name="tunesmith-abort", daemon=True).start()
+            return
+        if self.stopped_by is not None:
+            self._hurried = True
+            for target in (self._abort, self._hurry):
+                threading.Thread(target=target, name="tunesmith-abort", daemon=True).start()
             return
         self.stopped_by = number
         if running := self._num_running():
-            say(
-                f"finishing {running} requests, for at most {self._grace_s:g} s; a second signal ends at once"
-            )
+            what = "1 request" if running == 1 else f"{running} requests"
+            say(f"finishing {what}, for at most {self._grace_s:g} s; a second signal ends at once")
         self.stop()

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunesmith.core.errors import UserError
+from tunesmith.recipe.serving import NO_KEYS_FILE
 from tunesmith.serve.keys import (
     Key,
     Rate,
@@ -41,7 +42,7 @@ class KeyOptions:
 
 def add(name: str, options: KeyOptions, file: Path | None = None) -> dict[str, Any]:
     """Make a key; the result has the key itself, which is stored nowhere. Raises UserError."""
-    file = file or default_keys_file()
+    file = _file(file)
     secret = new_secret()
     key = _key(name, options, secret)
     add_key(file, key)
@@ -50,7 +51,7 @@ def add(name: str, options: KeyOptions, file: Path | None = None) -> dict[str, A
 
 def list_all(file: Path | None = None) -> dict[str, Any]:
     """`file`, `keys` (without their hashes; with the tokens used today), `warnings`. Raises UserError."""
-    file = file or default_keys_file()
+    file = _file(file)
     keys, used = read_keys(file), used_today(file)
     warning = exposure(file)
     return {
@@ -62,8 +63,18 @@ def list_all(file: Path | None = None) -> dict[str, Any]:
 
 def revoke(name: str, file: Path | None = None) -> dict[str, Any]:
     """Take a key away; servers that use the file refuse it from now on. Raises UserError."""
-    file = file or default_keys_file()
+    file = _file(file)
     return {"revoked": remove_key(file, name).name, "file": str(file)}
+
+
+def _file(given: Path | None) -> Path:
+    file = given or default_keys_file()
+    if str(file) == NO_KEYS_FILE:
+        hint = (
+            "give --file FILE, or take the variable TUNESMITH_KEYS_FILE away; a file of this name is ./none"
+        )
+        raise UserError(f"'{file}' stands for no file of keys", hint=hint)
+    return file
 
 
 def _key(name: str, options: KeyOptions, secret: str) -> Key:

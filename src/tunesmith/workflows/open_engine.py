@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
-from tunesmith.core.errors import TunesmithError, UserError
+import torch
+
+from tunesmith.core.errors import MissingExtra, TunesmithError
 from tunesmith.model.generate import Generator
 from tunesmith.model.grammar import Grammars
 from tunesmith.model.template import stop_token_ids
-from tunesmith.recipe.resolve import SERVE_MAX_LENGTH
 from tunesmith.serve.local_engine import LocalEngine
+from tunesmith.workflows.engine_wants import EngineWants, served_length
 from tunesmith.workflows.open_model import OpenModel
 from tunesmith.workflows.open_served import open_served, warm_up_prompt
 from tunesmith.workflows.run_facts import recipe_of
 
 POLL_S = 0.02
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineWants:
-    """What an engine loads and how it computes: numbers and texts, to be sent to another process.
-
-    model_name: under which the model at `path` is served; None: its own. adapter: in place of the one that
-    `path` brings. adapters: name and folder of more of them. weights: how they are stored; None: as
-    `precision`. cache_tokens: of all requests together; None: as many as max_concurrent of them may need.
-    """
-
-    path: str
-    model_name: str | None = None
-    adapter: str | None = None
-    adapters: Mapping[str, str] = field(default_factory=dict)
-    merge: bool = False
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    weights: Literal["fp32", "bf16", "int8", "nf4"] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | Literal["auto"] = "auto"
-    max_length: int | Literal["auto"] = "auto"
-    max_concurrent: int = 32
-    max_waiting: int = 1024
-    cache_tokens: int | None = None
+PREPARE_AFTER_S, PREPARE_WITHIN_S = 1.0, 300.0
 
 
 def open_engine(
     wants: EngineWants, *, stopped: Callable[[], bool] = lambda: False
 ) -> tuple[LocalEngine, dict[str, Any]]:
-    """The engine, when it has generated a token, and its facts as plain data.
+    """The engine, computing in a thread, when it has generated a token, and its facts as plain data.
 
     Raises UserError for whatever does not load, TunesmithError when it cannot compute or `stopped` says that
     nobody waits for it any more.
     """
+    engine, facts = load_engine(wants)
+    engine.start(facts["probe"])
+    wait_until_ready(engine, stopped)
+    return engine, facts
+
+
+def wait_until_ready(engine: LocalEngine, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Raises as `open_engine` does, with the engine closed."""
+    while not engine.status().ready:
+        if stopped() or not engine.status().alive:
+            engine.close(grace_s=0.0)
+            raise TunesmithError(engine.status().failure or "the engine ended")
+        time.sleep(POLL_S)
+
+
+def load_engine(wants: EngineWants) -> tuple[LocalEngine, dict[str, Any]]:
+    """The engine, not started yet, and its facts. Raises UserError for whatever does not load."""
     opened = open_served(
         wants.path,
         adapter=wants.adapter,
@@ -64,23 +61,34 @@ def open_engine(
         threads=wants.threads,
     )
     length = served_length(wants.max_length, opened.context_length)
+    grammars = Grammars(opened.tokenizer, vocab_size(opened), stop_ids(opened))
     generator = Generator(
         opened.model,
         max_length=length,
         max_concurrent=wants.max_concurrent,
         cache_tokens=wants.cache_tokens,
+        # Weights that are rounded are not worth keys and values that are not.
+        cache_dtype=torch.bfloat16 if opened.weights in ("bf16", "int8", "nf4") else None,
         bank=opened.bank,
-        grammars=Grammars(opened.tokenizer, vocab_size(opened), stop_ids(opened)),
+        grammars=grammars,
     )
     engine = LocalEngine(generator, max_waiting=wants.max_waiting)
-    probe = warm_up_prompt(opened)[:length]
-    engine.start(probe)
-    while not engine.status().ready:
-        if stopped() or not engine.status().alive:
-            engine.close(grace_s=0.0)
-            raise TunesmithError(engine.status().failure or "the engine ended")
-        time.sleep(POLL_S)
-    return engine, _facts(opened, wants, length, probe)
+    threading.Thread(target=_prepare, args=(engine, grammars), daemon=True).start()
+    return engine, _facts(opened, wants, length, warm_up_prompt(opened)[:length])
+
+
+def _prepare(engine: LocalEngine, grammars: Grammars) -> None:
+    """Read the tokenizer before the first request with a grammar comes, but not before the engine is ready.
+
+    It takes half a second, in which no other thread of this process goes on.
+    """
+    end = time.monotonic() + PREPARE_WITHIN_S
+    while not engine.status().ready and time.monotonic() < end:
+        time.sleep(PREPARE_AFTER_S)
+    time.sleep(PREPARE_AFTER_S)
+    if engine.status().ready:
+        with suppress(MissingExtra):
+            grammars.prepare()
 
 
 def vocab_size(opened: OpenModel) -> int:
@@ -89,17 +97,6 @@ def vocab_size(opened: OpenModel) -> int:
 
 def stop_ids(opened: OpenModel) -> tuple[int, ...]:
     return stop_token_ids(opened.tokenizer, opened.model.generation_config)
-
-
-def served_length(wanted: int | Literal["auto"], context: int) -> int:
-    """Tokens of prompt and answer together. Raises UserError for more than the model's positions."""
-    if wanted == "auto":
-        return min(context, SERVE_MAX_LENGTH)
-    if wanted > context:
-        raise UserError(
-            f"--max-length {wanted}: the model's context is {context} tokens", hint=f"give at most {context}"
-        )
-    return wanted
 
 
 def _facts(opened: OpenModel, wants: EngineWants, length: int, probe: list[int]) -> dict[str, Any]:

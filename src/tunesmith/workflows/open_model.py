@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.errors import UserError
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
 from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.adapters import load_adapter, merge_adapter
-from tunesmith.model.load import context_length, load_model, load_tokenizer
-from tunesmith.model.weights import is_adapter
+from tunesmith.model.config import context_length
+from tunesmith.model.load import load_model
+from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.workflows.given_adapters import with_given_adapter
 
 
 @dataclass(frozen=True)
@@ -107,39 +108,3 @@ def load_weights(
         return model
     model = load_adapter(model, files.adapter)
     return merge_adapter(model) if merge else model
-
-
-def with_given_adapter(files: ModelFiles, adapter: str) -> ModelFiles:
-    """`files` with the adapter of the folder or run `adapter`, in place of its own."""
-    folder = Path(adapter).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"--adapter {adapter}: there is no such folder", hint="check the path")
-    if is_adapter(folder):
-        return files.replacing_adapter(folder)
-    found = resolve_model(adapter)
-    if found.adapter is None:
-        raise UserError(
-            f"--adapter {adapter}: holds no adapter", hint="give the folder with adapter_config.json"
-        )
-    return files.replacing_adapter(found.adapter, tokenizer=found.tokenizer)
-
-
-def adapter_beside(path: str, base: ModelFiles) -> Path:
-    """The adapter folder that `path` is, or that the run `path` has, to be loaded on `base`.
-
-    Raises UserError when there is none, or the run was trained on other weights than the base's.
-    """
-    folder = Path(path).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"adapter {path}: there is no such folder", hint="check the path")
-    if is_adapter(folder):
-        return folder
-    found = resolve_model(str(folder))
-    if found.adapter is None:
-        raise UserError(f"adapter {path}: holds no adapter", hint="give the folder with adapter_config.json")
-    if found.base_adapters != base.base_adapters:
-        raise UserError(
-            f"adapter {path}: it was trained on another tuned run than the one that is served",
-            hint="serve it by itself",
-        )
-    return found.adapter

@@ -8,28 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.core.errors import UserError
+from tunesmith.core.gpu import gpu_memory, gpus
 from tunesmith.core.paths import cache_dir
-from tunesmith.hub.gguf_file import is_gguf
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
-from tunesmith.model.kv_cache import token_bytes
+from tunesmith.model.config import context_length, load_config, token_bytes
 from tunesmith.model.limits import Limits
-from tunesmith.model.load import context_length, load_config, load_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.weights import read_json_file, weight_files
-from tunesmith.serve.http_engine import Driver, HttpEngine
+from tunesmith.serve.driver import Driver
+from tunesmith.serve.http_engine import HttpEngine
 from tunesmith.serve.llamacpp_engine import LlamaCppDriver
 from tunesmith.serve.text import Detokenizer
 from tunesmith.serve.vllm_engine import VllmDriver, plan_vllm
-from tunesmith.workflows.engines import EngineName, llama_server, newest_gguf, vllm_program
-from tunesmith.workflows.open_engine import EngineWants, served_length
-from tunesmith.workflows.open_model import adapter_beside, with_given_adapter
-from tunesmith.workflows.served_models import run_of
+from tunesmith.workflows.engine_wants import EngineWants, served_length
+from tunesmith.workflows.engines import EngineName, llama_server, vllm_args, vllm_program
+from tunesmith.workflows.given_adapters import adapter_beside, with_given_adapter
+from tunesmith.workflows.served_gguf import served_gguf
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 SLOTS = 8
+ALL_LAYERS = 999
+VLLM_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,16 @@ def open_program(engine: EngineName, wants: EngineWants) -> tuple[HttpEngine, di
         max_concurrent=wants.max_concurrent,
         max_waiting=wants.max_waiting,
     )
-    return served, _facts(model, wants, merged=merged)
+    return served, _facts(model, wants, merged=merged, weights="as stored" if engine == "vllm" else "gguf")
 
 
 def _vllm(wants: EngineWants) -> tuple[_Model, Driver, bool]:
+    if wants.threads != "auto" or (wants.device == "cpu" and gpus()):
+        option = f"--threads {wants.threads}" if wants.threads != "auto" else "--device cpu"
+        raise UserError(
+            f"{option}: vLLM computes where and as it was built for",
+            hint="leave it out; $VLLM_CPU_OMP_THREADS_BIND is vLLM's own word for the threads of a CPU",
+        )
     files = resolve_model(wants.path)
     if wants.adapter is not None:
         files = with_given_adapter(files, wants.adapter)
@@ -79,11 +86,11 @@ def _vllm(wants: EngineWants) -> tuple[_Model, Driver, bool]:
         )
     own = {wants.model_name or files.name: files.adapter} if files.adapter else {}
     named = {name: adapter_beside(path, files) for name, path in wants.adapters.items()}
-    model = _opened(files, wants, own | named)
+    model = _opened(files, wants, own | named, quantized=True)
     ranks = [
         int(read_json_file(folder / "adapter_config.json").get("r", 0)) for folder in model.adapters.values()
     ]
-    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (None, None)
+    free, total = gpu_memory() or (None, None)
     plan = plan_vllm(
         weight_bytes=sum(path.stat().st_size for path in weight_files(files.folder)),
         kv_bytes_per_token=token_bytes(model.config, 2),
@@ -93,51 +100,39 @@ def _vllm(wants: EngineWants) -> tuple[_Model, Driver, bool]:
         free_gpu_bytes=free,
         lora_ranks=ranks,
         loras=True,
+        dtype=VLLM_DTYPES[wants.precision],
     )
-    return model, VllmDriver(vllm_program(), files.folder, plan, adapters_at_start=model.adapters), False
+    driver = VllmDriver(
+        vllm_program(), files.folder, plan, extra=vllm_args(), adapters_at_start=model.adapters
+    )
+    return model, driver, False
 
 
 def _llamacpp(wants: EngineWants) -> tuple[_Model, Driver, bool]:
-    """A GGUF file, or the newest that a run was exported to: its adapter is in the weights already."""
-    if wants.adapter is not None:
-        raise UserError(
-            f"--adapter {wants.adapter}: llama.cpp takes adapters as GGUF files beside the model",
-            hint="give --adapter NAME=FILE.gguf, or serve the exported GGUF of the run",
-        )
-    gguf = newest_gguf(Path(wants.path).expanduser().absolute())
-    run = run_of(str(gguf.parent))
-    files = resolve_model(str(run.path) if run else str(gguf))
-    adapters = {name: _lora_file(name, path) for name, path in wants.adapters.items()}
-    model = _opened(files, wants, adapters)
+    program, gguf = llama_server(), served_gguf(wants)
+    model = _opened(gguf.files, wants, gguf.folders)
     driver = LlamaCppDriver(
-        llama_server(),
-        gguf,
+        program,
+        gguf.weights,
         Detokenizer(model.tokenizer),
         model.length,
         slots=min(wants.max_concurrent, SLOTS),
         threads=None if wants.threads == "auto" else wants.threads,
-        loras=adapters,
+        gpu_layers={"cpu": 0, "cuda": ALL_LAYERS}.get(wants.device),
+        loras=gguf.adapters,
     )
-    return model, driver, True
+    return model, driver, gguf.merged
 
 
-def _lora_file(name: str, path: str) -> Path:
-    file = Path(path).expanduser().absolute()
-    if not file.is_file() or not is_gguf(file):
-        raise UserError(
-            f"--adapter {name}={path}: llama.cpp takes adapters as GGUF files",
-            hint="convert it with llama.cpp's convert_lora_to_gguf.py, or use --engine local",
-        )
-    return file
-
-
-def _opened(files: ModelFiles, wants: EngineWants, adapters: Mapping[str, Path]) -> _Model:
-    config = load_config(files.folder)
+def _opened(
+    files: ModelFiles, wants: EngineWants, adapters: Mapping[str, Path], *, quantized: bool = False
+) -> _Model:
+    config = load_config(files.folder, quantized=quantized)
     length = served_length(wants.max_length, context_length(config))
     return _Model(files, load_tokenizer(files.tokenizer), config, length, adapters)
 
 
-def _facts(model: _Model, wants: EngineWants, *, merged: bool) -> dict[str, Any]:
+def _facts(model: _Model, wants: EngineWants, *, merged: bool, weights: str) -> dict[str, Any]:
     files = model.files
     ends = _end_ids(files.folder)
     return {
@@ -154,16 +149,16 @@ def _facts(model: _Model, wants: EngineWants, *, merged: bool) -> dict[str, Any]
         "max_length": model.length,
         "vocab_size": int(model.config.get_text_config().vocab_size),
         "end_ids": ends,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "weights": "gguf" if merged else "as stored",
+        "device": "cuda" if gpus() else "cpu",
+        "weights": weights,
         "probe": model.probe,
     }
 
 
 def _end_ids(folder: Path) -> list[int]:
-    """The stop ids of generation_config.json, where there is one."""
+    """The stop ids of generation_config.json, or of the config where there is none, as in transformers."""
     file = folder / "generation_config.json"
-    ends = read_json_file(file).get("eos_token_id") if file.is_file() else None
+    ends = read_json_file(file if file.is_file() else folder / "config.json").get("eos_token_id")
     if ends is None:
         return []
     return [int(end) for end in (ends if isinstance(ends, list) else [ends])]

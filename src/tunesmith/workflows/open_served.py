@@ -29,7 +29,8 @@ from tunesmith.workflows.adapter_checks import (
     log_probs,
     noise,
 )
-from tunesmith.workflows.open_model import OpenModel, adapter_beside, load_files, with_given_adapter
+from tunesmith.workflows.given_adapters import adapter_beside, with_given_adapter
+from tunesmith.workflows.open_model import OpenModel, load_files
 from tunesmith.workflows.run_facts import recipe_of
 
 Weights = Literal["fp32", "bf16", "fp16", "int8", "nf4"]

@@ -13,7 +13,7 @@ from tunesmith.core.net import EventClient, NetError
 from tunesmith.model import attention
 from tunesmith.model.batch import IGNORE, join
 from tunesmith.model.generate import generate
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.model.scoring import token_losses
 from tunesmith.model.template import stop_token_ids
 from tunesmith.workflows.eval_rows import EvalRow

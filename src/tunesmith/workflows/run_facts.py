@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.core.events import read_events
 from tunesmith.core.run_folder import RunFolder, is_run
 from tunesmith.export.card import CardFacts
-from tunesmith.export.merge import Check
+from tunesmith.export.check import Check
 from tunesmith.export.save import license_of
 from tunesmith.hub.builtin import BUILTIN_LICENSE
 from tunesmith.hub.lock import read_lock
@@ -46,6 +46,11 @@ def public_recipe(run: RunFolder) -> str:
     if written.serve.api_key is None:
         return run.recipe.read_text(encoding="utf-8")
     return dump_yaml(without_secrets(written))
+
+
+def run_folder(recipe: Recipe, recipe_path: Path) -> RunFolder:
+    """Where the run of a recipe is, or will be."""
+    return RunFolder((Path(recipe.output_dir).expanduser() / (recipe.name or recipe_path.stem)).absolute())
 
 
 def run_recipe(run: RunFolder) -> Recipe:

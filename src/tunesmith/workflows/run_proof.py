@@ -7,28 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.core.errors import UserError
+from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder
-from tunesmith.data.prepare import tokenizer_hash
-from tunesmith.hub.lock import read_lock
-from tunesmith.model.load import load_tokenizer
-from tunesmith.model.sampling import SamplingParams
-from tunesmith.model.template import encode_prompt, stop_token_ids, template_hash
+from tunesmith.hub.lock import read_lock, versions
+from tunesmith.model.requests import SamplingParams
+from tunesmith.model.template import encode_prompt
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.weights import has_tokenizer
 from tunesmith.serve.engine import Ask, Engine
 from tunesmith.serve.jobs import ServedModel
 from tunesmith.workflows.run_facts import run_recipe
+from tunesmith.workflows.token_facts import token_facts
 
 PROBE_TOKENS = 64
 PROBE = "Hello! What can you do?"
-
-
-def token_facts(tokenizer: Any, generation_config: Any = None) -> dict[str, Any]:
-    """What decides a run's token ids and where an answer ends, to be stored with the run and compared."""
-    return {
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "template_hash": template_hash(tokenizer),
-        "stop_ids": list(stop_token_ids(tokenizer, generation_config)),
-    }
 
 
 @dataclass(frozen=True)
@@ -46,19 +38,37 @@ def check_template_of_run(
         trained = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         stored = token_facts(trained, _Ends(list(end_ids)))
         _compare(run, "its tokenizer folder", stored, served)
-    if run.lock.is_file() and isinstance(locked := read_lock(run.lock).get("tokens"), Mapping):
-        _compare(run, "its lock.json", locked, served)
+    if run.lock.is_file():
+        lock = read_lock(run.lock)
+        if isinstance(lock.get("tokens"), Mapping):  # runs of earlier versions have none
+            _compare(run, "its lock.json", _comparable(run, lock, served), served)
+
+
+def _comparable(run: RunFolder, lock: Mapping[str, Any], served: Mapping[str, Any]) -> dict[str, Any]:
+    """The lock's facts, without a hash that other versions of the packages may make of the same tokenizer."""
+    locked, there, here = dict(lock["tokens"]), lock.get("versions", {}), versions()
+    changed = [name for name in ("tokenizers", "transformers") if there.get(name) != here.get(name)]
+    if changed and locked.get("tokenizer_hash") != served["tokenizer_hash"]:
+        told = ", ".join(f"{name} was {there.get(name)} and is {here.get(name)}" for name in changed)
+        say(f"warning: {run.path}: the tokenizer cannot be compared with that of lock.json: {told}")
+        locked.pop("tokenizer_hash", None)
+    return locked
 
 
 def _compare(run: RunFolder, where: str, stored: Mapping[str, Any], served: Mapping[str, Any]) -> None:
     names = {"tokenizer_hash": "tokenizer", "template_hash": "chat template", "stop_ids": "stop tokens"}
     for key, name in names.items():
-        if key in stored and stored[key] != served[key]:
+        if key in stored and not _same(stored[key], served[key]):
             raise UserError(
                 f"{run.path}: the {name} to be served is not the one that the run was trained with "
                 f"({where}: {_short(stored[key])}, served: {_short(served[key])})",
                 hint="serve the run with its own tokenizer, unchanged",
             )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Of stop tokens the order means nothing."""
+    return set(one) == set(other) if isinstance(one, list) else bool(one == other)
 
 
 def _short(value: Any) -> str:

@@ -3,95 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tunesmith.core.errors import UserError
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import say
-from tunesmith.core.run_folder import RunFolder, is_run
-from tunesmith.recipe.load import load_recipe
-from tunesmith.recipe.schema import Serve
 from tunesmith.serve.api import Gateway, create_app
-from tunesmith.serve.bodies import Bounds
+from tunesmith.serve.engine import EngineError
 from tunesmith.serve.guard import GuardOptions, guard
 from tunesmith.serve.jobs import ServedModel
-from tunesmith.workflows.http_server import Server, check_tls, is_loopback, listen, url_of
-from tunesmith.workflows.open_engine import EngineWants
-from tunesmith.workflows.run_facts import run_recipe
+from tunesmith.workflows.http_server import Server, check_tls, listen, url_of
 from tunesmith.workflows.run_proof import PROBE_TOKENS, Probe, probe_answer
+from tunesmith.workflows.serve_settings import Deployment, ServeOptions, deployment, engine_wants
 from tunesmith.workflows.served_models import Facts, open_adapter, run_of, served_models
-from tunesmith.workflows.start_engine import StartedEngine
+from tunesmith.workflows.start_engine import OpenEngine, StartedEngine
 
-GRACE_S = 8.0
-"""Docker kills a container ten seconds after it has asked it to end."""
-MIB = 1024**2
-OVER_RECIPE = ("host", "port", "api_key", "max_length", "max_concurrent", "precision", "model_name")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What the caller wants other than the run's recipe or the defaults of its section `serve`.
-
-    adapters: NAME=FOLDER for more models beside it, or a bare FOLDER in place of its own adapter. merge: fold
-    the adapter into the weights. engine: whose; in_process: compute in a thread of this process. replicas:
-    engines, each a process. cache_tokens: prompts and answers of all requests that an engine holds together.
-    grace_s: for running requests after SIGTERM. max_waiting: requests in line beyond those computed.
-    """
-
-    adapters: tuple[str, ...] = ()
-    merge: bool = False
-    host: str | None = None
-    port: int | None = None
-    api_key: str | None = None
-    max_length: int | None = None
-    max_concurrent: int | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
-    model_name: str | None = None
-    weights: Literal["fp32", "bf16", "int8", "nf4"] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | Literal["auto"] = "auto"
-    engine: Literal["auto", "local", "vllm", "llamacpp"] = "auto"
-    in_process: bool = False
-    replicas: int = 1
-    cache_tokens: int | None = None
-    max_waiting: int = 1024
-    grace_s: float = GRACE_S
-    allow_open: bool = False
-    keys_file: Path | None = None
-    cors_origins: tuple[str, ...] = ()
-    access_log: str | None = None
-    log_prompts: bool = False
-    metrics_open: bool = False
-    bounds: Bounds = field(default_factory=Bounds)
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
+NO_START = (
+    "where memory is short: --weights int8, a smaller --max-length or --cache-tokens; "
+    "TUNESMITH_NO_KERNELS=1 computes without our own kernels"
+)
 
 
 def serve(
-    path: str, options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None] | None = None
+    path: str,
+    options: ServeOptions,
+    *,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+    open_here: OpenEngine | None = None,
 ) -> int | None:
     """Serve until SIGTERM or SIGINT; returns the signal's number after a clean end.
 
     on_ready is called once, with url, model, models, max_length and what the model is made of, when a token
-    has been generated and the model is proved to be the run's. Raises UserError for a taken port, an open
-    address without a key, and whatever does not load.
+    has been generated and the model is proved to be the run's. open_here: as `StartedEngine` takes it. Raises
+    UserError for a taken port, an open address without a key, and whatever does not load.
     """
-    settings = _settings(path, options)
-    _refuse_open_address(settings, options)
-    tls = check_tls(options.tls_cert, options.tls_key)
+    wanted = deployment(path, options)
+    settings = wanted.settings
+    tls = check_tls(settings.tls_cert, settings.tls_key)
     engine = StartedEngine(
-        engine_wants(path, options, settings),
-        engine=options.engine,
-        in_process=options.in_process,
-        replicas=options.replicas,
+        engine_wants(wanted, options),
+        engine=settings.engine,
+        replicas=settings.replicas,
+        open_here=open_here,
     )
     gateway = Gateway()
-    guarded = guard(create_app(gateway), _guard_options(settings, options, engine))
+    guarded = guard(create_app(gateway), _guard_options(wanted, engine))
     listener = listen(settings.host, settings.port)
     server = Server(
         guarded,
@@ -99,108 +57,34 @@ def serve(
         finish=engine.stop,
         num_running=lambda: guarded.num_running,
         abort=engine.abort,
-        grace_s=options.grace_s,
-        bounds=options.bounds,
+        grace_s=settings.grace_s,
+        bounds=wanted.bounds,
         tls=tls,
     )
+    if wanted.keys_text:
+        say(wanted.keys_text)
     loader = _Loader(engine, gateway, server, url_of(listener, tls=bool(tls)), on_ready)
     loader.start()
     server.run(sockets=[listener])
     guarded.close()  # a second signal ends the server before it tells the application
+    if isinstance(loader.failure, EngineError):
+        raise TunesmithError(f"{path}: the engine did not start: {loader.failure}", hint=NO_START)
     if loader.failure is not None:
         raise loader.failure
     return server.stopped_by
 
 
-def _settings(path: str, options: ServeOptions) -> Serve:
-    """The run's recipe, section serve, with the caller's options over it."""
-    folder = Path(path).expanduser()
-    base = Serve()
-    if is_run(folder):
-        run = RunFolder(folder)
-        key = load_recipe(run.recipe).serve.api_key  # the resolved recipe has no secrets
-        base = run_recipe(run).serve.model_copy(update={"api_key": key})
-    given = {name: value for name in OVER_RECIPE if (value := getattr(options, name)) is not None}
-    settings = base.model_copy(update=given)
-    key = settings.api_key or os.environ.get("TUNESMITH_API_KEY") or None
-    return settings.model_copy(update={"api_key": key})
-
-
-def _refuse_open_address(settings: Serve, options: ServeOptions) -> None:
-    if settings.api_key or options.keys_file or options.allow_open or is_loopback(settings.host):
-        return
-    raise UserError(
-        f"--host {settings.host}: without an API key anyone who reaches this machine could use the model",
-        hint="give --api-key (or $TUNESMITH_API_KEY) or --keys-file, or --allow-open when that is what you "
-        "want",
-    )
-
-
-def engine_wants(path: str, options: ServeOptions, settings: Serve) -> EngineWants:
-    """Raises UserError for adapters that are not named as they must be."""
-    own, named = split_adapters(options.adapters)
-    name = settings.model_name
-    if own is not None and name is None:
-        run = run_of(own)
-        name = (run.path if run else Path(own).expanduser().absolute()).name
-    return EngineWants(
-        path=path,
-        model_name=name,
-        adapter=own,
-        adapters=named,
-        merge=options.merge,
-        # Only what the caller says of both can clash: the run's precision gives way to --weights.
-        precision=settings.precision if options.weights is None else options.precision or "auto",
-        weights=options.weights,
-        device=options.device,
-        threads=options.threads,
-        max_length=settings.max_length,
-        max_concurrent=settings.max_concurrent,
-        max_waiting=options.max_waiting,
-        cache_tokens=options.cache_tokens,
-    )
-
-
-def split_adapters(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """The bare folder, if there is one, and those with a name. Raises UserError for two that clash."""
-    own: str | None = None
-    named: dict[str, str] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        # A path may hold an equals sign; a name holds no slash.
-        if not equals or "/" in name:
-            if own is not None:
-                raise UserError(
-                    f"--adapter {text}: there is one already, {own}",
-                    hint="give each further adapter a name: --adapter NAME=FOLDER",
-                )
-            own = text
-        elif not name or not folder or name in named:
-            fault = "the name is given twice" if name in named else "is not NAME=FOLDER"
-            raise UserError(f"--adapter {text}: {fault}", hint="such as --adapter orders=runs/orders")
-        else:
-            named[name] = folder
-    return own, named
-
-
-def _guard_options(settings: Serve, options: ServeOptions, engine: StartedEngine) -> GuardOptions:
+def _guard_options(wanted: Deployment, engine: StartedEngine) -> GuardOptions:
+    settings = wanted.settings
     return GuardOptions(
-        keys_file=options.keys_file,
+        keys_file=wanted.keys_file,
         api_key=settings.api_key,
-        cors_origins=options.cors_origins,
-        access_log=options.access_log,
-        log_prompts=options.log_prompts,
-        metrics_open=options.metrics_open,
-        bounds=options.bounds,
+        cors_origins=settings.cors_origins,
+        access_log=settings.log_requests,
+        log_prompts=settings.log_prompts,
+        metrics_open=settings.metrics_open,
+        bounds=wanted.bounds,
         engines=engine.statuses,
-    )
-
-
-def bounds(max_body_mib: float, request_timeout_s: float, max_requests: int) -> Bounds:
-    return Bounds(
-        max_body_bytes=max(1, int(max_body_mib * MIB)),
-        request_timeout_s=request_timeout_s,
-        max_requests=max_requests,
     )
 
 

@@ -14,8 +14,8 @@ from tunesmith.core.run_folder import RunFolder, is_run
 from tunesmith.hub.lock import read_lock
 from tunesmith.hub.model_files import ModelFiles, used_files
 from tunesmith.hub.sources import resolve_model
-from tunesmith.model.load import load_tokenizer
 from tunesmith.model.template import stop_token_ids, template_hash
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.weights import has_tokenizer, is_adapter, read_json_file
 from tunesmith.serve.gateway import OpenedAdapter
 from tunesmith.serve.jobs import ServedModel

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from typing import Literal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
+from tunesmith.core.cpu import physical_cores
 from tunesmith.core.errors import UserError
+from tunesmith.core.gpu import gpus
 from tunesmith.core.progress import say
-from tunesmith.model.hardware import physical_cores, pick_device
 from tunesmith.serve.engine import Engine, EngineStatus
 from tunesmith.serve.pool import Pool
-from tunesmith.workflows.engine_process import process_engine
+from tunesmith.serve.process_engine import ProcessEngine
+from tunesmith.workflows.engine_wants import EngineWants
 from tunesmith.workflows.engines import Choice, EngineName, choose_engine
-from tunesmith.workflows.open_engine import EngineWants, open_engine
 from tunesmith.workflows.open_program import open_program
 from tunesmith.workflows.served_models import Facts
+
+OpenEngine = Callable[..., tuple[Engine, dict[str, Any]]]
+"""`open_engine.open_engine`: who has it not loaded has no torch in the process that answers."""
 
 
 class StartedEngine:
     """An engine on its way: `start` it in one thread, `stop` it from any.
 
+    open_here: our own engine computes in this process, opened by this, and not in one of its own.
     Raises UserError for an engine that is not installed here, or does not do what is asked.
     """
 
     def __init__(
-        self, wants: EngineWants, *, engine: EngineName | Literal["auto"], in_process: bool, replicas: int
+        self,
+        wants: EngineWants,
+        *,
+        engine: EngineName | Literal["auto"],
+        replicas: int,
+        open_here: OpenEngine | None = None,
     ) -> None:
-        self._wants, self._replicas = wants, replicas
-        self._choice = _choice(wants, engine, in_process=in_process, replicas=replicas)
-        alone = in_process or self._choice.engine != "local"
+        self._wants, self._replicas, self._open_here = wants, replicas, open_here
+        self._choice = _choice(wants, engine, in_process=open_here is not None, replicas=replicas)
+        alone = open_here is not None or self._choice.engine != "local"
         self._pool = None if alone else _pool(wants, replicas)
         self._stopped = False
         self.engine: Engine | None = self._pool
@@ -42,10 +54,10 @@ class StartedEngine:
         try:
             if self._pool is not None:
                 return Facts.of(self._pool.start())
-            if self._choice.engine != "local":
+            if self._open_here is None:
                 say(f"{self._choice.engine} answers: {self._choice.why}")
                 return self._start_program()
-            self.engine, plain = open_engine(self._wants, stopped=lambda: self._stopped)
+            self.engine, plain = self._open_here(self._wants, stopped=lambda: self._stopped)
             return Facts.of(plain)
         except Exception:
             if self._stopped:
@@ -92,10 +104,20 @@ def _choice(
     asked = [option for option, is_given in ours.items() if is_given]
     if engine == "auto" and asked:
         return Choice("local", f"{asked[0]} is given")
-    choice = choose_engine(engine, wants.path, device=pick_device(wants.device).type)
-    if choice.engine != "local" and asked and asked[0] != "--merge":
-        raise UserError(f"{asked[0]}: is for our own engine", hint="give --engine local, or leave it out")
+    device = "cuda" if wants.device == "cuda" or (wants.device == "auto" and gpus()) else "cpu"
+    choice = choose_engine(engine, wants.path, device=device)
+    only_ours = [option for option in asked if option != "--merge"]
+    if choice.engine != "local" and only_ours:
+        raise UserError(f"{only_ours[0]}: is for our own engine", hint="give --engine local, or leave it out")
     return choice
+
+
+def process_engine(wants: EngineWants) -> ProcessEngine:
+    """An engine that will load `wants` in a process of its own."""
+    command = [sys.executable, "-m", "tunesmith.cli.engine", str(os.getpid())]
+    # Not the key that clients send: it is none of the engine's business.
+    env = {name: value for name, value in os.environ.items() if name != "TUNESMITH_API_KEY"}
+    return ProcessEngine(command, asdict(wants), max_waiting=wants.max_waiting, env=env)
 
 
 def _pool(wants: EngineWants, replicas: int) -> Pool:

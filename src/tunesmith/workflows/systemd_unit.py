@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import cache_dir
+from tunesmith.workflows.serve_settings import Deployment
 
 NOT_IN_UNIT = {"--systemd-unit", "--json"}
 CLOSING_S = 15
@@ -63,27 +64,30 @@ WantedBy=multi-user.target
 """
 
 
-def unit_for_command(
-    args: Sequence[str], grace_s: float, written: Sequence[Path | None], *, key_is_bare: bool
-) -> str:
+def unit_for_command(args: Sequence[str], wanted: Deployment, *, key_is_bare: bool) -> str:
     """The unit for `tunesmith ARGS` as it was called here, by this user, in this folder.
 
-    written: files that the server writes into. Raises UserError for a key on the command line or in the
-    environment: a unit can be read by everybody.
+    wanted: what these arguments and the recipe ask for. Raises UserError for a key on the command line or in
+    the environment: a unit can be read by everybody.
     """
     if key_is_bare:
         raise UserError(
             "the API key is not put into a unit, which everybody on the machine can read",
             hint="write it into a file and give --api-key-file, or take --keys-file",
         )
-    folders = [path.expanduser().absolute().parent for path in written if path is not None]
+    log = wanted.settings.log_requests
+    written = [wanted.keys_file, None if log in (None, "-") else Path(str(log)).expanduser()]
+    command = [sys.executable, "-m", "tunesmith", *(arg for arg in args if arg not in NOT_IN_UNIT)]
+    if wanted.keys_file is not None and not any(arg.startswith("--keys-file") for arg in args):
+        # What named the file, a variable or the user's own folder, may be another one there.
+        command += ["--keys-file", str(wanted.keys_file.absolute())]
     return systemd_unit(
-        [sys.executable, "-m", "tunesmith", *(arg for arg in args if arg not in NOT_IN_UNIT)],
+        command,
         user=getpass.getuser(),
         folder=Path.cwd(),
         cache=cache_dir(),
-        writable=folders,
-        grace_s=grace_s,
+        writable=[path.absolute().parent for path in written if path is not None],
+        grace_s=wanted.settings.grace_s,
     )
 
 

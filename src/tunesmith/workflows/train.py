@@ -18,8 +18,9 @@ from tunesmith.core.run_folder import RunFolder
 from tunesmith.hub.lock import make_lock
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
+from tunesmith.model.config import context_length, load_config
 from tunesmith.model.hardware import pick_device
-from tunesmith.model.load import context_length, load_config, save_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer, save_tokenizer
 from tunesmith.recipe.load import dump_yaml, load_recipe
 from tunesmith.recipe.resolve import resolve, without_secrets
 from tunesmith.recipe.schema import Recipe
@@ -37,6 +38,8 @@ from tunesmith.workflows.resume import (
     idle_ranks,
     other_ranks,
 )
+from tunesmith.workflows.run_facts import run_folder
+from tunesmith.workflows.token_facts import token_facts
 from tunesmith.workflows.train_job import Job, Start, TrainResult, open_job, train_job
 
 
@@ -114,10 +117,6 @@ def plan_recipe(recipe_path: Path, overrides: list[str]) -> dict[str, Any]:
 # -- the run folder ----------------------------------------------------------------------------------------
 
 
-def run_folder(recipe: Recipe, recipe_path: Path) -> RunFolder:
-    return RunFolder((Path(recipe.output_dir).expanduser() / (recipe.name or recipe_path.stem)).absolute())
-
-
 @contextmanager
 def sole_trainer(run: RunFolder) -> Iterator[None]:
     """Hold the run's lock, which ends with the process. Raises UserError when another process holds it."""
@@ -160,7 +159,14 @@ def write_inputs(job: Job, recipe_path: Path) -> None:
         with new_folder(run.path / "tokenizer") as folder:
             save_tokenizer(job.tokenizer, folder)
         write_json(run.plan, job.plan.as_dict())
-        write_json(run.lock, make_lock(job.files, data_hashes(job.recipe)))
+        write_json(run.lock, make_lock(job.files, data_hashes(job.recipe)) | {"tokens": _token_facts(job)})
+
+
+def _token_facts(job: Job) -> dict[str, Any]:
+    """Of the tokenizer as it was saved, which is the one that will be served."""
+    trust = job.recipe.model.trust_remote_code
+    saved = load_tokenizer(job.run.path / "tokenizer", trust_remote_code=trust)
+    return token_facts(saved, getattr(job.model, "generation_config", None))
 
 
 def resolve_recipe(recipe: Recipe, run: RunFolder, ranks: Ranks) -> tuple[Recipe, ModelFiles]:

@@ -17,7 +17,7 @@ from tunesmith.core.run_folder import RunFolder, manifest_fault
 from tunesmith.core.units import duration_text
 from tunesmith.hub.lock import versions
 from tunesmith.hub.model_files import ModelFiles
-from tunesmith.model.load import load_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.recipe.resolve import resolve_steps
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import checkpoint, states

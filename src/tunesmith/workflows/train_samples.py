@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tunesmith.model.config import context_length
 from tunesmith.model.generate import generate
-from tunesmith.model.load import context_length
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.model.template import encode_prompt, stop_token_ids
 from tunesmith.recipe.schema import Recipe
 

@@ -100,3 +100,18 @@ def test_a_linked_program_is_in_a_group_of_its_own(capfd: pytest.CaptureFixture[
         assert proc.start_linked([sys.executable, "-c", code, str(number)], link=number).wait() == 0
     out, err = capfd.readouterr()
     assert (out, err) == ("", f"True {inode}\n")
+
+
+def test_a_session_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    process = proc.start([sys.executable, "-c", code], log=log, session=True)
+    while not log.read_text().endswith("\n"):
+        assert process.poll() is None
+    child = int(log.read_text())
+    assert os.getpgid(child) == process.pid != os.getpgid(0)
+    process.kill()
+    assert proc.end_session(process, grace_s=5.0) == -9
+    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+        pass
+    assert proc.end_session(process, grace_s=5.0) == -9

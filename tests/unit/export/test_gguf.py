@@ -211,7 +211,11 @@ def test_refusals_come_before_anything_is_written(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("TUNESMITH_LLAMA_QUANTIZE", raising=False)
     with pytest.raises(UserError, match="'llama-quantize' writes this format"):
+        export_gguf(str(small), quant="q4_k_m", output=tmp_path / "out")
+    monkeypatch.setenv("TUNESMITH_LLAMA_QUANTIZE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"none' of \$TUNESMITH_LLAMA_QUANTIZE is no program"):
         export_gguf(str(small), quant="q4_k_m", output=tmp_path / "out")
     with pytest.raises(UserError, match="'q9' is not a format"):
         export_gguf(str(small), quant="q9", output=tmp_path / "out")

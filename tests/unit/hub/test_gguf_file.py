@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import cache_dir
 from tunesmith.hub.sources import resolve_model
-from tunesmith.model.load import load_model, load_tokenizer
+from tunesmith.model.load import load_model
+from tunesmith.model.tokenizer import load_tokenizer
 
 HEADS, KV_HEADS = 4, 2
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tests import tiny_models
 from tests.make_run import stir
 from tunesmith.core.errors import UserError
 from tunesmith.model import adapter_bank
@@ -27,18 +28,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def base(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval()
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "pad_token_id": None}
+    return tiny_models.make(wide=False, seed=seed, **sizes, tie_word_embeddings=tied).to(dtype)
 
 
 def make(folder: Path, seed: int, model: Any = None, **settings: Any) -> Path:

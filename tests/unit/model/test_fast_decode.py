@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     GemmaConfig,
@@ -23,16 +25,19 @@ from transformers import (
 )
 
 from tests.greedy import greedy
+from tests.make_run import stir
 from tunesmith.model import attention, cpu_kernels
-from tunesmith.model.adapter_slots import AdapterSlot, Group
+from tunesmith.model.adapter_bank import AdapterBank, Span
 from tunesmith.model.adapters import attach_lora
 from tunesmith.model.attention import PackedLayout
 from tunesmith.model.fast_decode import make_forward
+from tunesmith.model.fused_adapters import AdapterTable
 from tunesmith.model.generate import generate
 from tunesmith.model.kv_cache import CacheLayout, Chunk, KVCache
-from tunesmith.model.load import load_model, load_tokenizer
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.load import load_model
+from tunesmith.model.requests import SamplingParams
 from tunesmith.model.served_weights import PackedLinear, pack_weights
+from tunesmith.model.tokenizer import load_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -158,28 +163,101 @@ def test_hooks_of_what_is_called_change_the_result(name: str, packed: bool) -> N
         torch.testing.assert_close(forward(*inputs()), reference(model), atol=2e-5, rtol=2e-5)
 
 
-def test_an_idle_adapter_bank_costs_nothing_and_an_active_one_is_asked() -> None:
-    model = model_of("llama")
-    pack_weights(model, "fp32")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "everywhere": {"r": 4, "target_modules": "all-linear"},
+    "some": {"r": 9, "target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True},
+    "one": {"r": 17, "target_modules": ["down_proj"], "layers_to_transform": [1]},
+}
+SPANS: list[Span] = [(None, 2), ("some", 3), ("everywhere", 1), ("one", 6), ("some", 1), ("everywhere", 27)]
+
+
+def with_bank(model: Any, folder: Path, kind: str) -> AdapterBank:
+    """A bank with ADAPTERS, made by peft and read from `folder`."""
+    bank = AdapterBank(model)
+    for number, (name, settings) in enumerate(ADAPTERS.items()):
+        wrapped = get_peft_model(model_of(kind), LoraConfig(task_type="CAUSAL_LM", **settings))
+        stir(wrapped, std=0.2, seed=number, only="lora_")
+        wrapped.save_pretrained(str(folder / name))
+        bank.load(name, folder / name)
+    return bank
+
+
+def mixed(model: Any, bank: AdapterBank, spans: list[Span], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Hidden states in kernels, no linear layer called; checked against the layers called one by one."""
     forward = make_forward(model)
-    layer = model.get_decoder().layers[0].mlp.up_proj
-    asked: list[int] = []
+    with torch.inference_mode(), bank.selected(spans), monkeypatch.context() as patch:
+        wanted = reference(model)
+        patch.setattr(PackedLinear, "forward", None)
+        found = forward(*inputs())
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    return found[0]
 
-    class Slot(AdapterSlot):
-        def add_(self, x: Tensor, y: Tensor) -> Tensor:
-            asked.append(len(x))
-            return y.add_(1.0)
 
-    layer.adapter_slot = Slot(Group(("up_proj",)), 0)
-    layer.register_forward_hook(layer.adapter_slot.hook)
+@pytest.mark.parametrize("format", ["fp32", "nf4"])
+def test_adapters_are_computed_in_the_kernels(
+    format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("llama-biased")
+    pack_weights(model, format)
+    bank = with_bank(model, tmp_path, "llama-biased")
     with torch.inference_mode():
-        without = forward(*inputs())
-        assert asked == []
-        layer.adapter_slot.group.active = True
-        with_it = forward(*inputs())
-        assert asked == [STARTS[-1]]
-        torch.testing.assert_close(with_it, reference(model), atol=2e-5, rtol=2e-5)
-    assert not torch.allclose(with_it, without)
+        plain = make_forward(model)(*inputs())[0]
+    found = mixed(model, bank, SPANS, monkeypatch)
+    assert torch.equal(found[:2], plain[:2])
+    changes = (found - plain).abs().amax(1)
+    assert float(changes[2:].min()) > 0.01
+    with torch.inference_mode():
+        assert torch.equal(make_forward(model)(*inputs())[0], plain)
+
+
+def test_a_row_with_its_adapter_is_bit_for_bit_the_same_in_any_batch(tmp_path: Path) -> None:
+    """Whoever stands beside it, in whatever order; every token is a sequence of its own."""
+    model = model_of("qwen3")
+    pack_weights(model, "bf16")
+    bank = with_bank(model, tmp_path, "qwen3")
+    forward = make_forward(model)
+    names = [(None, *ADAPTERS)[i * 7 % 4] for i in range(23)]
+
+    def hidden(rows: list[int]) -> Tensor:
+        ids = torch.tensor([[i % 5 + 3 for i in rows]])
+        layout = PackedLayout(list(range(len(rows) + 1)))
+        with torch.inference_mode(), bank.selected([(names[i], 1) for i in rows]):
+            return forward(ids, torch.zeros_like(ids), layout)[0]
+
+    together = hidden(list(range(23)))
+    backwards = list(reversed(range(23)))
+    assert torch.equal(hidden(backwards), together[backwards])
+    for i in (0, 1, 2, 3, 22):
+        assert torch.equal(hidden([i])[0], together[i])
+    assert len({tuple(row.tolist()) for row in together}) == 20
+
+
+def test_unloaded_adapters_leave_nothing_with_the_kernels(tmp_path: Path) -> None:
+    model = model_of("llama-biased")
+    pack_weights(model, "fp32")
+    bank, forward = with_bank(model, tmp_path, "llama-biased"), make_forward(model)
+
+    def tables() -> int:
+        gc.collect()
+        return sum(type(thing) is AdapterTable for thing in gc.get_objects())
+
+    before = tables()
+    for _ in range(20):
+        bank.load("some", tmp_path / "some")
+        with torch.inference_mode(), bank.selected([("some", 40)]):
+            forward(*inputs())
+    assert tables() == before + 1
+    bank.unload("some")
+    assert tables() == before
+
+
+def test_a_pass_of_other_tokens_than_its_spans_is_a_bug(tmp_path: Path) -> None:
+    model = model_of("llama-biased")
+    pack_weights(model, "fp32")
+    bank = with_bank(model, tmp_path, "llama-biased")
+    forward, wrong = make_forward(model), bank.selected([("one", 39)])
+    with pytest.raises(RuntimeError, match="40 tokens in a pass of 39"), torch.inference_mode(), wrong:
+        forward(*inputs())
 
 
 def test_gradients_and_training_are_transformers_matter() -> None:

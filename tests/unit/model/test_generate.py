@@ -14,7 +14,7 @@ from tests.greedy import greedy
 from tests.tiny_models import FAMILIES, VOCAB, make, prompts_of
 from tunesmith.core.errors import UserError
 from tunesmith.model.generate import Generation, Generator, check_logits, generate
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 
 
 @pytest.fixture(scope="module")

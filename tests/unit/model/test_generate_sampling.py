@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tunesmith.core.errors import UserError
-from tunesmith.model.sampling import RowState, SamplingParams, logprobs_of, restrict, sample
+from tunesmith.model.requests import SamplingParams
+from tunesmith.model.sampling import RowState, logprobs_of, restrict, sample
 
 PROBS = [0.05, 0.4, 0.1, 0.25, 0.2]
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from tests.random_answers import RandomSchema, random_answers
 from tunesmith.core.errors import UserError
 from tunesmith.model import grammar
-from tunesmith.model.grammar import Grammars, GrammarSpec, Matcher, forbidden
+from tunesmith.model.grammar import Grammars, GrammarSpec, Matcher
+from tunesmith.model.sampling import forbidden
 
 VOCAB = 49152
 EOS = 2

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tunesmith.core.errors import UserError
 from tunesmith.model.generator import Generator
 from tunesmith.model.grammar import Grammars, GrammarSpec
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 
 EOS = 2
 SCHEMA = {

@@ -12,9 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tiny_models import make
 from tunesmith.core.errors import UserError
-from tunesmith.model import cpu_kernels
-from tunesmith.model.kv_cache import CacheLayout, Chunk, KVCache, default_cache_tokens
+from tunesmith.model import cpu_kernels, kv_cache
+from tunesmith.model.kv_cache import CacheLayout, Chunk, KVCache, default_cache_tokens, weight_bytes
 from tunesmith.model.pages import PAGE, pages_for
+from tunesmith.model.served_weights import pack_weights
 
 HEADS, KEY_HEADS, SIZE, SCALE = 6, 2, 16, 0.3
 CPU = torch.device("cpu")
@@ -128,10 +129,22 @@ def test_a_cache_that_does_not_fit_is_told() -> None:
         KVCache(1 << 40).at(0, like, like)
 
 
-def test_the_default_size_is_what_is_wanted_up_to_a_gib() -> None:
+def test_the_default_size_is_what_is_wanted_within_the_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     # 2 layers x keys and values x 2 heads x 16 numbers x 4 bytes = 512 bytes a token.
     assert default_cache_tokens(model, torch.float32, 1000, 10) == 1000
-    assert default_cache_tokens(model, torch.float32, 10**9, 10) == 2**30 // 512
-    assert default_cache_tokens(model, torch.bfloat16, 10**9, 10) == 2**30 // 256
+    assert default_cache_tokens(model, torch.float32, 10**9, 10) == 2**29 // 512
+    assert default_cache_tokens(model, torch.bfloat16, 10**9, 10) == 2**29 // 256
     assert default_cache_tokens(model, torch.float32, 10**9, 10**8) == 10**8
+    monkeypatch.setattr(kv_cache, "LEAST_DEFAULT_BYTES", 1)
+    assert default_cache_tokens(model, torch.float32, 10**9, 10) == weight_bytes(model) // 512
+    monkeypatch.setattr(kv_cache, "SHARE_OF_CPU", 0.0)
+    assert default_cache_tokens(model, torch.float32, 10**9, 10) == 10
+
+
+def test_the_weights_of_packed_layers_count() -> None:
+    model = make()
+    before = weight_bytes(model)
+    assert before == sum(value.nbytes for value in model.parameters())
+    pack_weights(model, "fp32")
+    assert weight_bytes(model) >= before

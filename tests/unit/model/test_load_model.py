@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, LlamaConfig
 
 from tunesmith.core.errors import UserError
-from tunesmith.model.load import context_length, load_model, load_tokenizer
+from tunesmith.model.config import context_length
+from tunesmith.model.load import load_model
+from tunesmith.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.reference.conftest import VOCABULARY, make_model
+from tests.reference.conftest import make_model
+from tests.tiny_models import VOCAB
 from tunesmith.core.errors import UserError
 from tunesmith.model.adapters import attach_lora, load_adapter, save_adapter
-from tunesmith.model.load import load_tokenizer
 from tunesmith.model.new_tokens import grow, is_tied, start_rows, token_ids
 from tunesmith.model.template import encode_dialogue
+from tunesmith.model.tokenizer import load_tokenizer
 
 LORA: dict[str, Any] = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "rslora": False, "seed": 7}
-NEW = [VOCABULARY, VOCABULARY + 1]
+NEW = [VOCAB, VOCAB + 1]
 
 
 def test_a_new_token_is_one_token_in_rows_and_comes_back_as_text(tiny: Path) -> None:
@@ -55,11 +56,11 @@ def test_rows_start_as_the_mean_of_the_others(kind: str) -> None:
     state = torch.get_rng_state()
     start_rows(model, NEW)
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.config.vocab_size == VOCABULARY + 2 and is_tied(model) == (kind == "llama-tied")
+    assert model.config.vocab_size == VOCAB + 2 and is_tied(model) == (kind == "llama-tied")
     for old, part in zip(before, (model.model.embed_tokens, model.lm_head), strict=True):
-        assert torch.equal(part.weight[:VOCABULARY], old)
+        assert torch.equal(part.weight[:VOCAB], old)
         mean = old.double().mean(0)
-        for row in part.weight[VOCABULARY:].double():
+        for row in part.weight[VOCAB:].double():
             torch.testing.assert_close(row, mean, rtol=0, atol=1e-8)
 
 
@@ -75,7 +76,7 @@ def test_spare_rows_are_taken_and_not_part_of_the_mean() -> None:
 def test_growing_never_shrinks() -> None:
     model: Any = make_model("qwen2")
     grow(model, 3)
-    assert model.config.vocab_size == VOCABULARY
+    assert model.config.vocab_size == VOCAB
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2"])

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.core.errors import UserError
 from tunesmith.model.grammar import Grammars, GrammarSpec
-from tunesmith.model.sampling import BROKEN, NOTHING_ALLOWED, RowState, SamplingParams, sample
+from tunesmith.model.requests import SamplingParams
+from tunesmith.model.sampling import BROKEN, NOTHING_ALLOWED, RowState, sample
 
 VOCAB = 49152
 EOS, OTHER_END = 2, 0

@@ -26,7 +26,9 @@ def autos(value: Any) -> list[Any]:
 def test_no_auto_is_left_and_the_first_object_is_unchanged() -> None:
     before = recipe()
     after = resolve_steps(resolve(before, FACTS), total_steps=200)
-    assert autos(before.model_dump()) and not autos(after.model_dump())
+    left = after.model_dump()
+    assert left["serve"].pop("engine") == "auto"  # the machine that serves decides
+    assert autos(before.model_dump()) and not autos(left)
     assert after.data.max_length == 2048 and after.serve.max_length == 4096
     assert after.train.save_every == 40 and after.eval.every == 50 and after.samples.every == 50
 
@@ -68,3 +70,10 @@ def test_secrets_go_and_the_rest_stays() -> None:
     after = without_secrets(before)
     assert after.serve.api_key is None and after.serve.port == 9 and before.serve.api_key == "k"
     assert after == recipe(serve={"port": 9})
+
+
+def test_the_precision_of_the_endpoint_follows_its_weights() -> None:
+    for weights, precision in ((None, "bf16"), ("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16")):
+        after = resolve(recipe(serve={"weights": weights}), FACTS)
+        assert after.serve.precision == precision
+        assert check(after.model_dump(), "resolved.yaml") == after

@@ -138,7 +138,8 @@ class Words:
         asked = await request.json()
         record = record_of(request.scope)
         record.use(asked["model"], adapter=asked.get("adapter"))
-        record.prompted(5, cached=2)
+        record.prompted(5)
+        record.cached_tokens = 2
         if asked.get("stream"):
             return EventStream(
                 self._events(request, asked["tokens"], asked.get("word", "word ")), lambda: None

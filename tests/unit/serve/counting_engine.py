@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.core.errors import UserError
-from tunesmith.model.generate import TokenEvent
-from tunesmith.model.sampling import Logprobs
+from tunesmith.model.requests import Logprobs, TokenEvent
 from tunesmith.serve import wire
 from tunesmith.serve.engine import Ask, EngineError, EngineStatus, Prompt
 from tunesmith.serve.engine_server import serve_engine

@@ -12,9 +12,8 @@ from typing import Any
 import httpx
 
 from tunesmith.core.errors import UserError
-from tunesmith.model.generate import TokenEvent
-from tunesmith.model.load import load_tokenizer
-from tunesmith.model.sampling import Logprobs
+from tunesmith.model.requests import Logprobs, TokenEvent
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.serve.api import create_app
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus
 from tunesmith.serve.gateway import Gateway, OpenedAdapter

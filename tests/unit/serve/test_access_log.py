@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.unit.serve.asgi import ASK, Client, Words, ask, bearer, get
-from tunesmith.serve.access_log import MOST_WAITING, AccessLog, answer_text
+from tunesmith.serve.access_log import MOST_WAITING, MOST_WAITING_CHARACTERS, AccessLog, answer_text
+from tunesmith.serve.bodies import KEPT_TEXT
 from tunesmith.serve.guard import GuardOptions, guard
 from tunesmith.serve.record import RequestRecord
 
@@ -127,6 +128,20 @@ def test_a_reader_that_stopped_holds_nobody_up(tmp_path: Path) -> None:
     assert b'"dropped_before":' + str(dropped).encode() in taken
 
 
+def test_long_lines_that_wait_are_bounded_together(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = AccessLog(pipe, texts=True)
+    record = RequestRecord(request_text="x" * 1_000_000)
+    for _ in range(100):
+        log.observe(record)
+    # Beside those in line, one may be on its way.
+    assert 100 - log._dropped <= MOST_WAITING_CHARACTERS / 1_000_000 + 2
+    os.close(reader)
+    log.close()
+
+
 def test_a_full_disk_is_told_once_and_stops_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     log = AccessLog(Path("/dev/full"))
     for _ in range(3):
@@ -148,3 +163,21 @@ def test_a_full_disk_is_told_once_and_stops_nothing(capfd: pytest.CaptureFixture
 )
 def test_the_text_of_answers(body: bytes, text: str) -> None:
     assert answer_text(body) == text
+
+
+def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path) -> None:
+    file = tmp_path / "access.jsonl"
+    app = guard(Words().app, GuardOptions(access_log=file))
+    odd = "/v1/\x9b31m\x7f\u202egpj.exe\u2028{\x1b]0;x\x07"
+    get(app, odd)
+    app.close()
+    assert lines(file)[0]["path"] == odd
+    assert file.read_text().isascii() and file.read_text().count("\n") == 1
+
+
+def test_a_long_answer_is_kept_only_in_part(tmp_path: Path) -> None:
+    file, words = tmp_path / "access.jsonl", Words()
+    app = guard(words.app, GuardOptions(access_log=file, log_prompts=True))
+    ask(app, chunks=[b'{"model": "tiny", "tokens": 1000000}'])
+    app.close()
+    assert len(lines(file)[0]["answer"]) == KEPT_TEXT

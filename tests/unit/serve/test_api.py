@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
@@ -14,9 +15,11 @@ import pytest
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from pydantic import ValidationError
 
+from tests.unit.serve.asgi import Client
 from tests.unit.serve.replay import Api
-from tunesmith.serve.embeddings import shortened
+from tunesmith.serve.embeddings import AT_ONCE, shortened
 from tunesmith.serve.gateway import Gateway
+from tunesmith.serve.record import CLIENT_CLOSED
 from tunesmith.serve.replies import (
     ChatReply,
     CompletionReply,
@@ -128,6 +131,22 @@ def test_vectors(smol: Path) -> None:
     assert struct.unpack("<4f", raw) == pytest.approx((0.6, 0.8, 0.0, 0.0))
     short = here.post(EMBED, {"model": "tiny", "input": [[5], [6, 7]], "dimensions": 1}).json()
     assert [entry["embedding"] for entry in short["data"]] == [[1.0], [0.0]]
+
+
+def test_no_more_is_embedded_for_a_client_who_has_gone(smol: Path) -> None:
+    here, calls = Api(smol), []
+    body = json.dumps({"model": "tiny", "input": ["a"] * 100}).encode()
+    client = Client(EMBED, headers={"content-type": "application/json"}, chunks=[body])
+
+    async def embed(prompts: list[list[int]], adapter: str | None = None) -> list[list[float]]:
+        calls.append(len(prompts))
+        client.leave()
+        await asyncio.sleep(0.01)
+        return [[1.0]] * len(prompts)
+
+    here.engine.embed = embed  # type: ignore[method-assign,assignment]
+    assert asyncio.run(client.run(here.app)).status == CLIENT_CLOSED
+    assert calls == [AT_ONCE]
 
 
 def test_shortened_vectors_have_length_1() -> None:

@@ -58,8 +58,7 @@ def test_a_slow_sender_is_cut() -> None:
 
 def test_a_client_that_leaves_while_sending_reaches_nothing() -> None:
     async def leave() -> Any:
-        client = Client(chunks=[])
-        client.scope["headers"].append((b"transfer-encoding", b"chunked"))
+        client = Client(chunks=[], length=False)
         client.leave()
         return await client.run(app)
 
@@ -75,6 +74,14 @@ def test_headers_too_many_or_too_long() -> None:
     assert (many.status, many.error["code"]) == (431, "headers_too_large")
     assert get(app, "/health", headers={"x": "y" * 40_000}).status == 431
     assert get(app, "/" + "y" * 40_000).status == 431
+
+
+def test_a_body_whose_length_is_said_in_two_ways_is_refused() -> None:
+    """A proxy in front may go by the other one, and take the rest for a request of its own."""
+    both = {"transfer-encoding": "chunked", "content-length": "5"}
+    refused = ask(made(), headers=both, chunks=[ASK])
+    assert (refused.status, refused.error["code"]) == (400, "invalid_http")
+    assert refused.headers["connection"] == "close"
 
 
 def test_a_request_that_takes_too_long() -> None:
@@ -131,3 +138,22 @@ def test_bounds_are_positive() -> None:
         Bounds(max_body_bytes=0)
     with pytest.raises(UserError, match="request_timeout_s: nan"):
         Bounds(request_timeout_s=float("nan"))
+
+
+def test_all_bodies_together_are_bounded() -> None:
+    async def many() -> list[int]:
+        # Each of them is small enough; the last chunk of none ever comes before all have begun.
+        clients = [Client(chunks=[b" " * 400, ASK], length=False, pause_s=0.05) for _ in range(5)]
+        replies = await asyncio.gather(*(client.run(app) for client in clients))
+        assert all(
+            r.error["code"] == "server_busy" and r.headers["retry-after"] == "2"
+            for r in replies
+            if r.status == 429
+        )
+        return [reply.status for reply in replies]
+
+    app = made(max_body_bytes=1000, max_arriving_bytes=1500)
+    statuses = asyncio.run(many())
+    assert statuses.count(429) >= 2
+    # What was refused or has been taken in makes room again.
+    assert ask(app).status == 200 and asyncio.run(many()).count(429) < 5

@@ -21,7 +21,8 @@ from tunesmith.model.generate import generate
 from tunesmith.model.grammar import GrammarSpec
 from tunesmith.model.limits import Limits
 from tunesmith.model.load import load_model
-from tunesmith.model.sampling import SamplingParams, logprobs_of
+from tunesmith.model.requests import SamplingParams
+from tunesmith.model.sampling import logprobs_of
 from tunesmith.serve.engine import Ask, EngineError
 from tunesmith.serve.http_engine import HttpEngine
 from tunesmith.serve.llamacpp_engine import LlamaCppDriver, _parts, _slashed
@@ -189,7 +190,7 @@ def test_what_it_cannot_do_is_refused(engine: HttpEngine, tmp_path: Path) -> Non
         ):
             with pytest.raises(UserError, match=why):
                 engine.submit([Ask([1], params)])
-        with pytest.raises(UserError, match="'nobody' is not loaded"):
+        with pytest.raises(UserError, match="no adapter 'nobody' is loaded"):
             engine.submit([Ask([1], SamplingParams(), "nobody")])
         with pytest.raises(UserError, match="vocabulary"):
             engine.submit([Ask([10**6], SamplingParams())])
@@ -248,6 +249,14 @@ def test_a_file_that_does_not_load_says_why(tiny: Path, tmp_path: Path) -> None:
         engine.start()
     assert not engine.status().alive
     engine.close(grace_s=0)
+
+
+def test_some_token_shows_as_no_character(tiny: Path) -> None:
+    """SmolLM2's vocabulary has no token for the byte 0xFF."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    driver = LlamaCppDriver(["llama-server"], tiny, Detokenizer(tokenizer), LENGTH)
+    assert b"\xff" not in driver._by_bytes
+    assert tokenizer.decode([driver._no_character]) == "\ufffd"
 
 
 def test_bytes_are_split_into_as_many_tokens_as_there_were() -> None:

@@ -14,7 +14,7 @@ from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.adapters import attach_lora, save_adapter
 from tunesmith.model.generate import Generator, generate
 from tunesmith.model.load import load_model
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError
 from tunesmith.serve.local_engine import LocalEngine, LocalStream
 
@@ -25,7 +25,7 @@ def make(folder: Path, *, has_bank: bool = False, **options: int) -> LocalEngine
     model = load_model(folder, dtype=torch.float32, device="cpu")
     generator = Generator(model, max_concurrent=4, bank=AdapterBank(model) if has_bank else None)
     engine = LocalEngine(generator, **options)
-    assert not engine.status().alive
+    assert not engine.status().ready
     engine.start(WARM_UP)
     return engine
 

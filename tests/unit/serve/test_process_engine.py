@@ -15,7 +15,7 @@ import pytest
 from tests.unit.serve import counting_engine
 from tests.unit.serve.counting_engine import DIE, HANG, REFUSE
 from tunesmith.core.errors import UserError
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.serve.engine import AnswerStream, Ask, EngineBusy, EngineError
 from tunesmith.serve.process_engine import ProcessEngine
 

@@ -53,7 +53,45 @@ def test_midnight_begins_anew(keys: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert json.loads(usage_file(keys).read_text()) == {"day": "2026-11-02", "tokens": {"a": 2}}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"day": "TODAY", "tokens": [1]}'])
+def test_a_clock_that_goes_back_over_midnight_gives_no_tokens_twice(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "_today", lambda: "2026-11-02")
+    usage = TokenUsage(keys)
+    usage.add("a", 5)
+    usage.flush()
+    monkeypatch.setattr(quota, "_today", lambda: "2026-11-01")
+    behind = TokenUsage(keys)
+    assert (usage.used("a"), behind.used("a"), used_today(keys)) == (5, 5, {"a": 5})
+    behind.add("a", 2)
+    usage.add("a", 1)
+    behind.flush()
+    usage.flush()
+    assert json.loads(usage_file(keys).read_text()) == {"day": "2026-11-02", "tokens": {"a": 8}}
+    # A clock that was wrong by more than that is no reason to refuse anybody for years.
+    monkeypatch.setattr(quota, "_today", lambda: "2026-10-01")
+    assert (usage.used("a"), TokenUsage(keys).used("a")) == (0, 0)
+
+
+def test_a_server_whose_clock_is_behind_joins_the_day_of_the_other(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "_today", lambda: "2026-11-01")
+    behind = TokenUsage(keys)
+    behind.add("a", 2)
+    monkeypatch.setattr(quota, "_today", lambda: "2026-11-02")
+    ahead = TokenUsage(keys)
+    ahead.add("a", 5)
+    ahead.flush()
+    monkeypatch.setattr(quota, "_today", lambda: "2026-11-01")
+    behind.flush()
+    assert behind.used("a") == 7 and used_today(keys) == {"a": 7}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"day": "TODAY", "tokens": [1]}', '{"day": "TODAY", "tokens": {"a": Infinity}}'],
+)
 def test_a_broken_file_is_told_and_begun_anew(
     keys: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,12 +13,12 @@ def test_tokens_and_the_gaps_between_their_arrivals(monkeypatch: pytest.MonkeyPa
     times = iter([10.5, 11.0, 13.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
     record = RequestRecord(started=10.0)
-    record.prompted(7, cached=3)
+    record.prompted(7)
     record.prompted(1)
     for tokens in (2, 0, 1, 4):
         record.emitted(tokens)
     assert (record.first_token_s, record.gaps_s, record.last_token_s) == (0.5, [0.5, 2.0], 3.0)
-    assert (record.prompt_tokens, record.cached_tokens, record.completion_tokens) == (8, 3, 7)
+    assert (record.prompt_tokens, record.completion_tokens) == (8, 7)
     assert record.total_tokens == 15
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.model.generate import TokenEvent
-from tunesmith.model.load import load_tokenizer
-from tunesmith.model.sampling import Logprobs
+from tunesmith.model.requests import Logprobs, TokenEvent
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.serve.text import Answer, Detokenizer, StopMatcher, TextStream
 from tunesmith.serve.tool_calls import ToolParser
 

@@ -294,3 +294,22 @@ def test_special_markers_are_named_so_that_the_text_keeps_them(
     assert len(marker_ids(own, "mistral_args")) == 2
     # A token that is not special is in every text.
     assert marker_ids(own, "hermes") == frozenset()
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 1000])
+def test_an_answer_that_is_either_has_no_calls_within_its_text(pieces: int) -> None:
+    def read_either(kind: ToolFormat, text: str) -> tuple[str, int]:
+        parser = ToolParser(kind, NAMES, either=True)
+        cut = [text[at : at + pieces] for at in range(0, len(text), pieces)]
+        deltas = [*map(parser.push, cut), parser.finish()]
+        return "".join(delta.content for delta in deltas), parser.num_calls
+
+    call = f"<tool_call>\n{WEATHER}\n</tool_call>"
+    for text in (f"Well: {call}", f" {call}", f"<tool_calm> {call}", "", "<tool_ca", "a\n \n"):
+        assert read_either("hermes", text) == (text, 0)
+    assert read_either("hermes", f"{call}\n{call}") == ("", 2)
+    said = json.dumps({"a": "[TOOL_CALLS] " + WEATHER})
+    assert read_either("mistral", said) == (said, 0)
+    assert read_either("mistral", f"[TOOL_CALLS][{WEATHER}, {WEATHER}]") == ("", 2)
+    assert read_either("llama3", '{"sum": 1}<|python_tag|>{"name": "search"}')[1] == 0
+    assert read_either("llama3", '{"name": "search", "parameters": {}}') == ("", 1)

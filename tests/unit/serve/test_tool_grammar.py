@@ -228,7 +228,7 @@ def test_auto_with_strict_tools_holds_calls_to_them(
         assert not accepts(tokenizer, one, written(GOOD, POINT))
 
 
-@pytest.mark.parametrize("kind", ["hermes", "hermes+", "llama3", "mistral", "mistral+"])
+@pytest.mark.parametrize("kind", [*FORMS, *(f"{kind}+" for kind in FORMS)])
 @pytest.mark.parametrize(
     ("answer", "good", "bad"),
     [
@@ -243,9 +243,13 @@ def test_an_answer_is_calls_or_keeps_to_its_format(
 ) -> None:
     tokenizer = tokenizers[kind]
     plan = planned(tokenizer, answer=answer)
-    call = {"hermes": hermes(GOOD), "mistral": f"[TOOL_CALLS][{GOOD}]"}.get(
-        plan.kind, GOOD.replace("arguments", "parameters")
-    )
+    call = {
+        "hermes": hermes(GOOD),
+        "llama3": GOOD.replace("arguments", "parameters"),
+        "mistral": f"[TOOL_CALLS][{GOOD}]",
+        "mistral_args": with_args(GOOD),
+    }[plan.kind]
+    assert plan.either
     assert not plan.forced
     assert accepts(tokenizer, plan, good)
     assert accepts(tokenizer, plan, call)

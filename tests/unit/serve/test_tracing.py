@@ -15,15 +15,26 @@ from tests.unit.serve.asgi import Words, ask, get
 from tunesmith.serve.guard import GuardOptions, guard
 from tunesmith.serve.tracing import ENDPOINTS, open_traces
 
+SDK = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+
+
+class Received(list[bytes]):
+    """Bodies that were sent to the endpoint of the environment; answered: when it is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = threading.Event()
+        self.answered.set()
+
 
 @pytest.fixture
-def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """Bodies that were sent to the endpoint of the environment."""
-    bodies: list[bytes] = []
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Received]:
+    bodies = Received()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            bodies.answered.wait()
             self.send_response(200)
             self.end_headers()
 
@@ -35,6 +46,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     thread.start()
     monkeypatch.setenv(ENDPOINTS[0], f"http://127.0.0.1:{server.server_port}")
     yield bodies
+    bodies.answered.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -64,8 +76,21 @@ def test_an_endpoint_without_the_packages_is_told(
     assert ask(guard(Words().app, GuardOptions())).status == 200
 
 
-def test_a_span_a_request(receiver: list[bytes]) -> None:
-    for name in ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
+def test_a_collector_that_does_not_answer_delays_no_end(
+    receiver: Received, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in SDK:
+        pytest.importorskip(name)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
+    app = guard(Words().app, GuardOptions())
+    receiver.answered.clear()
+    assert ask(app).status == 200
+    app.close()
+    assert len(receiver) == 1
+
+
+def test_a_span_a_request(receiver: Received) -> None:
+    for name in SDK:
         pytest.importorskip(name)
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -86,6 +111,7 @@ def test_a_span_a_request(receiver: list[bytes]) -> None:
     told = {a.key: a.value for a in good.attributes}
     assert told["gen_ai.request.model"].string_value == "tiny"
     assert told["gen_ai.usage.input_tokens"].int_value == 5
+    assert told["gen_ai.usage.cache_read.input_tokens"].int_value == 2
     assert told["gen_ai.usage.output_tokens"].int_value == 3
     assert told["gen_ai.response.finish_reasons"].array_value.values[0].string_value == "stop"
     assert told["gen_ai.response.id"].string_value == "r1"

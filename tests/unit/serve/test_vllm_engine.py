@@ -16,10 +16,9 @@ import pytest
 from tests.unit.serve import recorded_vllm as recorded
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.net import EventClient
-from tunesmith.model.generate import TokenEvent
 from tunesmith.model.grammar import GrammarSpec
 from tunesmith.model.limits import Limits
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams, TokenEvent
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError
 from tunesmith.serve.http_engine import HttpEngine
 from tunesmith.serve.vllm_engine import GIB, VllmDriver, VllmPlan, lora_rank, plan_vllm
@@ -125,9 +124,9 @@ def test_adapters_come_and_go(engine: HttpEngine, tmp_path: Path) -> None:
         assert [event.token_id for event in base] == expected(7, 4)
         await engine.unload_adapter("tuned")
         assert engine.status().adapters == ()
-        with pytest.raises(UserError, match="'tuned' is not loaded"):
+        with pytest.raises(UserError, match="no adapter 'tuned' is loaded"):
             engine.submit([Ask([7], params, "tuned")])
-        with pytest.raises(UserError, match="not loaded"):
+        with pytest.raises(UserError, match="no adapter 'tuned' is loaded"):
             await engine.unload_adapter("tuned")
 
     asyncio.run(run())
@@ -146,6 +145,25 @@ def test_adapters_that_vllm_refuses(
         asyncio.run(engine.load_adapter("bad", tmp_path))
     with pytest.raises(UserError, match="cannot be called 'base'"):
         asyncio.run(engine.load_adapter("base", tmp_path / "bad"))
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    """The recorded model adds the length of the adapter's name modulo 1000."""
+    name, folder = "x" * recorded.VOCAB, adapter(tmp_path / "a")
+    driver = VllmDriver(PROGRAM, tmp_path, PLAN, adapters_at_start={name: folder})
+    log = tmp_path / "log"
+    engine = HttpEngine(driver, probe=[1], limits=Limits(64, 1000), log=log, max_concurrent=4)
+    with pytest.raises(UserError, match="answers as the base model does"):
+        engine.start()
+    assert not engine.status().alive
+    engine = make(tmp_path)
+    engine.start()
+    try:
+        with pytest.raises(UserError, match="answers as the base model does"):
+            asyncio.run(engine.load_adapter(name, folder))
+        assert engine.status().adapters == ()
+    finally:
+        engine.close(grace_s=0)
 
 
 def test_a_refused_request_is_the_users_an_aborted_one_is_not(engine: HttpEngine) -> None:

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from tunesmith.core.errors import MissingExtra, PlanRefused, TunesmithError, UserError
-from tunesmith.model.generate import TokenEvent
 from tunesmith.model.grammar import GrammarSpec
-from tunesmith.model.sampling import Logprobs, SamplingParams
+from tunesmith.model.requests import Logprobs, SamplingParams, TokenEvent
 from tunesmith.serve import wire
 from tunesmith.serve.engine import Ask, EngineBusy, EngineError, EngineStatus
 

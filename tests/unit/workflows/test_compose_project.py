@@ -16,6 +16,7 @@ from tunesmith.workflows.compose_project import (
     choose_gpus,
     open_project,
     prepare,
+    render,
     update_compose_file,
 )
 from tunesmith.workflows.container_state import Container, listens_on
@@ -129,6 +130,18 @@ def test_train_and_serve_say_what_they_need(project: Project, tmp_path: Path) ->
     with pytest.raises(UserError, match="no such recipe"):
         render_compose(["train"], wanted(recipe=tmp_path / "nowhere.yaml"))
     assert not project.folder.exists()
+
+
+def test_serve_goes_by_the_recipe_of_its_run(project: Project, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "orders"
+    (run / "checkpoints").mkdir(parents=True)
+    begun = "model: {path: x}\ndata: {sources: [{path: rows.jsonl}]}\nserve: {grace_s: 60%s}\n"
+    (run / "recipe.yaml").write_text(begun % "")
+    assert "stop_grace_period: 67s" in render(project, ["serve"], wanted(run=str(run)))
+    assert "stop_grace_period: 15s" in render(project, ["serve"], wanted(run="some/model"))
+    (run / "recipe.yaml").write_text(begun % ", tls_cert: cert.pem")
+    with pytest.raises(UserError, match="over plain http"):
+        render(project, ["serve"], wanted(run=str(run)))
 
 
 def test_folders_that_are_files(project: Project, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from tunesmith.core.errors import UserError
 from tunesmith.serve import llamacpp_launch
-from tunesmith.workflows.engines import choose_engine, llama_server, newest_gguf, vllm_program
+from tunesmith.workflows.engines import choose_engine, llama_server, vllm_args, vllm_program
 
 
 @pytest.fixture
@@ -65,14 +64,11 @@ def test_programs_are_found_in_order(bare: Path, monkeypatch: pytest.MonkeyPatch
     assert vllm_program(sys.executable)[:2] == [sys.executable, "-m"]
 
 
-def test_the_newest_gguf_of_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no GGUF file"):
-        newest_gguf(tmp_path)
-    for age, quant in enumerate(("f32", "q8_0")):
-        folder = tmp_path / "export" / "gguf" / quant
-        folder.mkdir(parents=True)
-        (folder / f"m-{quant}.gguf").write_bytes(b"GGUF")
-        os.utime(folder / f"m-{quant}.gguf", (100 - age, 100 - age))
-    assert newest_gguf(tmp_path).name == "m-f32.gguf"
-    assert newest_gguf(tmp_path / "export" / "gguf" / "q8_0").name == "m-q8_0.gguf"
-    assert newest_gguf(tmp_path / "export" / "gguf" / "q8_0" / "m-q8_0.gguf").name == "m-q8_0.gguf"
+def test_more_options_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert vllm_args() == []
+    monkeypatch.setenv("TUNESMITH_VLLM_ARGS", "--enforce-eager --hf-overrides '{\"a\": 1}'")
+    assert vllm_args() == ["--enforce-eager", "--hf-overrides", '{"a": 1}']
+    for given, words in (("--port=1", "--port=1 is set from here"), ("'--a", "No closing quotation")):
+        monkeypatch.setenv("TUNESMITH_VLLM_ARGS", given)
+        with pytest.raises(UserError, match=words):
+            vllm_args()

@@ -39,10 +39,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_certificate_and_key_in_two_files_or_in_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
     cert, key = pair
-    assert check_tls(cert, key) == {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
+    assert check_tls(str(cert), str(key)) == {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
     both = tmp_path / "both.pem"
     both.write_text(cert.read_text() + key.read_text())
-    assert check_tls(both, None) == {"ssl_certfile": str(both)}
+    assert check_tls(str(both), None) == {"ssl_certfile": str(both)}
     assert check_tls(None, None) == {}
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_certificate_is_said(pair: tuple[Path, Path], tmp_path: Path)
         (None, key, "without --tls-cert"),
     ):
         with pytest.raises(UserError, match=words):
-            check_tls(certificate, private)
+            check_tls(certificate and str(certificate), private and str(private))
 
 
 def test_loopback() -> None:

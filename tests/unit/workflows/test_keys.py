@@ -91,3 +91,10 @@ def test_the_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert add("alice", KeyOptions())["file"] == str(tmp_path / "k.json")
     assert [key["name"] for key in list_all()["keys"]] == ["alice"]
     assert revoke("alice")["revoked"] == "alice"
+
+
+def test_none_is_no_file_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_KEYS_FILE", "none")
+    for call in (list_all, lambda: revoke("alice"), lambda: add("alice", KeyOptions())):
+        with pytest.raises(UserError, match="'none' stands for no file"):
+            call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,11 @@ import pytest
 from tests.make_run import make_run
 from tunesmith.core.errors import UserError
 from tunesmith.core.run_folder import RunFolder
-from tunesmith.recipe.schema import Serve
 from tunesmith.serve.llamacpp_engine import LlamaCppDriver
 from tunesmith.serve.vllm_engine import VllmDriver
-from tunesmith.workflows.open_engine import EngineWants
+from tunesmith.workflows.engine_wants import EngineWants
+from tunesmith.workflows.open_engine import open_engine
 from tunesmith.workflows.open_program import open_program
-from tunesmith.workflows.serve import ServeOptions, engine_wants
 from tunesmith.workflows.served_models import Facts, served_models
 from tunesmith.workflows.start_engine import StartedEngine
 
@@ -28,6 +28,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     gguf = run.path / "export" / "gguf" / "bf16"
     gguf.mkdir(parents=True)
     (gguf / "orders.gguf").write_bytes(b"GGUF")
+    (gguf / "export.json").write_text('{"step": 5}')
     return run
 
 
@@ -62,6 +63,24 @@ def test_llamacpp_gets_the_exported_file_of_the_run(run: RunFolder) -> None:
     assert (model.name, model.adapter, model.origin["run"]) == ("orders", None, str(run.path))
 
 
+NO_TORCH = """
+import sys
+sys.modules["torch"] = None
+from tunesmith.workflows.engine_wants import EngineWants
+from tunesmith.workflows.open_program import open_program
+from tunesmith.workflows.served_models import Facts, served_models
+for engine in ("vllm", "llamacpp"):
+    _, plain = open_program(engine, EngineWants(path=sys.argv[1]))
+    print(*served_models(Facts.of(plain)))
+"""
+
+
+def test_the_process_that_answers_needs_no_torch(run: RunFolder) -> None:
+    command = [sys.executable, "-c", NO_TORCH, str(run.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "orders tiny-llama\norders\n", done.stderr
+
+
 def test_what_a_program_cannot_do_is_refused(run: RunFolder, tiny: Path, tmp_path: Path) -> None:
     wants = EngineWants(path=str(run.path))
     for engine, asked, words in (
@@ -69,9 +88,9 @@ def test_what_a_program_cannot_do_is_refused(run: RunFolder, tiny: Path, tmp_pat
         ("vllm", replace(wants, cache_tokens=4096), "--cache-tokens"),
         ("vllm", replace(wants, merge=True), "whole weights"),
         ("vllm", replace(wants, max_length=2000), "context is 1024"),
-        ("llamacpp", replace(wants, path=str(tiny)), "no GGUF"),
-        ("llamacpp", replace(wants, adapter=str(run.path)), "as GGUF files"),
-        ("llamacpp", replace(wants, adapters={"a": str(run.path)}), "as GGUF files"),
+        ("vllm", replace(wants, threads=2), "--threads 2"),
+        ("llamacpp", replace(wants, weights="int8"), "--weights"),
+        ("llamacpp", replace(wants, path=str(tmp_path / "nothing.gguf")), "no such file"),
     ):
         with pytest.raises(UserError, match=words):
             open_program(engine, asked)  # type: ignore[arg-type]
@@ -80,7 +99,8 @@ def test_what_a_program_cannot_do_is_refused(run: RunFolder, tiny: Path, tmp_pat
 def test_options_of_our_own_engine_decide_for_it() -> None:
     def taken(engine: str, *, in_process: bool = False, replicas: int = 1, **wanted: object) -> str:
         wants = EngineWants(path="x", device="cpu", **wanted)  # type: ignore[arg-type]
-        made = StartedEngine(wants, engine=engine, in_process=in_process, replicas=replicas)  # type: ignore[arg-type]
+        open_here = open_engine if in_process else None
+        made = StartedEngine(wants, engine=engine, open_here=open_here, replicas=replicas)  # type: ignore[arg-type]
         return made._choice.engine
 
     assert taken("auto") == taken("auto", replicas=2) == taken("auto", weights="int8") == "local"
@@ -91,24 +111,3 @@ def test_options_of_our_own_engine_decide_for_it() -> None:
             taken(engine, replicas=2)
         with pytest.raises(UserError, match="--in-process"):
             taken(engine, in_process=True)
-
-
-def test_from_options_and_recipe_to_what_is_loaded(run: RunFolder) -> None:
-    recipe = Serve(precision="fp32", max_length=256, model_name="named")
-    wants = engine_wants("x", ServeOptions(), recipe)
-    assert (wants.precision, wants.weights, wants.max_length, wants.model_name) == (
-        "fp32",
-        None,
-        256,
-        "named",
-    )
-    # The run's own precision gives way to --weights; the caller's is for the engine to refuse.
-    assert engine_wants("x", ServeOptions(weights="bf16"), recipe).precision == "auto"
-    clash = engine_wants("x", ServeOptions(weights="bf16", precision="fp32"), recipe)
-    assert (clash.precision, clash.weights) == ("fp32", "bf16")
-    # An adapter in place of the model's own gives the model its name.
-    plain = Serve()
-    assert engine_wants("x", ServeOptions(adapters=(str(run.path),)), plain).model_name == "orders"
-    inside = str(run.checkpoint(5) / "adapter")
-    assert engine_wants("x", ServeOptions(adapters=(inside,)), plain).model_name == "orders"
-    assert engine_wants("x", ServeOptions(adapters=("/some/folder",)), plain).model_name == "folder"

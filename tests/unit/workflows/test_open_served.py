@@ -13,7 +13,7 @@ from tests.make_run import make_run, stir
 from tunesmith.core.errors import UserError
 from tunesmith.model.adapters import attach_lora, save_adapter
 from tunesmith.model.generate import Generator
-from tunesmith.model.sampling import SamplingParams
+from tunesmith.model.requests import SamplingParams
 from tunesmith.workflows import adapter_checks
 from tunesmith.workflows.open_model import OpenModel, open_model
 from tunesmith.workflows.open_served import open_served, pick_weights

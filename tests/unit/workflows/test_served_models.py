@@ -13,11 +13,10 @@ from tests.make_run import make_run
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import write_json
 from tunesmith.core.run_folder import RunFolder
-from tunesmith.model.load import load_tokenizer
 from tunesmith.model.template import template_hash
-from tunesmith.workflows.run_proof import token_facts
-from tunesmith.workflows.serve import split_adapters
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.workflows.served_models import Facts, open_adapter, served_models
+from tunesmith.workflows.token_facts import token_facts
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +137,3 @@ def test_an_adapter_of_another_base_is_refused(
     (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
     with pytest.raises(UserError, match="was trained on"):
         open_adapter(same, "x", str(run.path))
-
-
-def test_adapters_of_the_command_line() -> None:
-    assert split_adapters([]) == (None, {})
-    assert split_adapters(["runs/a", "b=runs/b", "c=x=y"]) == ("runs/a", {"b": "runs/b", "c": "x=y"})
-    assert split_adapters(["./odd=name/x"]) == ("./odd=name/x", {})
-    for bad, words in ((["a", "b"], "one already"), (["=x"], "NAME=FOLDER"), (["a="], "NAME=FOLDER"),
-                       (["a=1", "a=2"], "twice")):  # fmt: skip
-        with pytest.raises(UserError, match=words):
-            split_adapters(bad)

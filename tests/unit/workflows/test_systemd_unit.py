@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import UserError
+from tunesmith.workflows.keys import KeyOptions, add
+from tunesmith.workflows.serve_settings import ServeOptions, deployment
 from tunesmith.workflows.systemd_unit import systemd_unit, unit_for_command
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "tunesmith.service"
@@ -38,19 +40,38 @@ def test_systemd_understands_every_line(tmp_path: Path) -> None:
     assert [line for line in done.stderr.splitlines() if unit.name in line] == []
 
 
+def unit_of(*args: str, bare: bool = False, **settings: object) -> str:
+    wanted = deployment("x", ServeOptions(settings={"keys_file": "none"} | settings))
+    return unit_for_command(["serve", "x", *args], wanted, key_is_bare=bare)
+
+
 def test_a_key_that_everybody_could_read_is_refused() -> None:
     with pytest.raises(UserError, match="everybody") as refused:
-        unit_for_command(["serve", "x"], 8, [], key_is_bare=True)
+        unit_of(bare=True)
     assert "--api-key-file" in str(refused.value.hint)
 
 
 def test_the_command_is_the_one_that_was_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    args = ["serve", "x", "--json", "--systemd-unit", "--port", "80"]
-    unit = unit_for_command(args, 8, [Path("logs/a.jsonl"), None], key_is_bare=False)
+    typed = ("--json", "--systemd-unit", "--port", "80")
+    unit = unit_of(*typed, log_requests="logs/a.jsonl", grace_s="90")
     assert "-m tunesmith serve x --port 80\n" in unit
     assert f"WorkingDirectory={tmp_path}\n" in unit
     assert f" -{tmp_path}/logs\n" in unit
+    assert "TimeoutStopSec=105\n" in unit
+    assert "/logs" not in unit_of(log_requests="-")
+
+
+def test_the_file_of_keys_is_named_whatever_named_it_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = tmp_path / "etc" / "k.json"
+    add("alice", KeyOptions(), keys)
+    unit = unit_of(keys_file="etc/k.json")
+    assert f"serve x --keys-file {keys}\n" in unit and f" -{tmp_path}/etc\n" in unit
+    typed = unit_of("--keys-file=etc/k.json", keys_file="etc/k.json")
+    assert "serve x --keys-file=etc/k.json\n" in typed
 
 
 def test_a_line_break_cannot_smuggle_a_setting_in() -> None:
