@@ -154,6 +154,10 @@ class Handler(BaseHTTPRequestHandler):
         """No line for each request."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # read at birth; of five, most of 32 clients who come at once are turned away
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -163,9 +167,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=32, help="requests computed at the same time")
     given = parser.parse_args()
     Handler.engine = Engine(given.folder, threads=given.threads, cache_gb=given.cache_gb, most=given.most)
-    server = ThreadingHTTPServer(("127.0.0.1", given.port), Handler)
-    server.request_queue_size = 128
-    server.serve_forever()
+    Server(("127.0.0.1", given.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

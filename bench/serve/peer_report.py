@@ -93,8 +93,8 @@ def _rates(result: Row) -> list[str]:
 def _rate(row: Row, ratio: float | None) -> str:
     text = f"{row['tokens_per_s']:.1f} ({row['least_tokens_per_s']:.1f}–{row['most_tokens_per_s']:.1f})"
     text += f", {ratio:g}x" if ratio else ""
-    whole = row["requests"] - row["failed"] - row["unfinished"]
-    text += "" if whole == row["requests"] else f", {whole} of {row['requests']} answered in time"
+    for what in ("failed", "unfinished"):
+        text += f", {row[what]} of {row['requests']} {what}" if row[what] else ""
     return text
 
 

@@ -69,7 +69,7 @@ class Setting:
 def ours(setting: Setting, port: int, *more: str) -> list[System]:
     args = ["serve", str(setting.folder), "--port", str(port), "--model-name", MODEL]
     args += ["--threads", str(setting.threads), "--max-length", str(CONTEXT)]
-    args += ["--max-concurrent", str(setting.most), "--weights", setting.precision]
+    args += ["--max-concurrent", str(setting.most), "--weights", setting.precision, "--keys-file", "none"]
     way = " ".join([f"{setting.precision} weights", *more])
     return [System([[sys.executable, "-m", "tunesmith", *args, *setting.serve_args, *more]], "/ready", way)]
 
@@ -99,7 +99,8 @@ def fastchat(setting: Setting, port: int) -> list[System]:
         ["openai_api_server", "--controller-address", told, "--port", str(port)],
     ]  # fmt: skip
     started = [[python, "-m", f"fastchat.serve.{name}", *args] for name, *args in commands]
-    return [System(started, "/v1/models", f"{setting.precision}, HF worker", ignore_eos=False)]
+    env = {"LOGDIR": ""}  # no files where it is started
+    return [System(started, "/v1/models", f"{setting.precision}, HF worker", ignore_eos=False, env=env)]
 
 
 def for_transformers_4(setting: Setting) -> Path:

@@ -22,7 +22,7 @@ from tunesmith.workflows.bench_serve_report import curves_svg, table
 from tunesmith.workflows.endpoint import serving
 
 WARM_UP = 2
-WATCH_S = 0.25
+WATCH_S = 1.0  # each look takes 16 ms for a process of 1.2 GiB, from what is measured
 Row = dict[str, Any]
 
 
@@ -118,7 +118,7 @@ def _measure_own(options: LoadOptions) -> Row:
 
 @contextmanager
 def watched(*pids: int) -> Iterator[PeakMemory]:
-    """Look at the processes and their children four times a second while the block runs."""
+    """Look at the processes and their children once a second while the block runs."""
     done, peak = threading.Event(), PeakMemory()
 
     def look() -> None:

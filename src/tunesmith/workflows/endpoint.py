@@ -93,6 +93,8 @@ def serving(path: str, *, log: Path, args: Sequence[str] = ()) -> Iterator[Endpo
         "--port",
         "0",
         "--json",
+        "--keys-file",
+        "none",
         *args,
     ]
     with _sigterm_raises():
