@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from tunesmith.core.errors import RunFailed, UserError
 from tunesmith.export.gguf import FAMILIES, Array, check_family, heads_to_reorder, neighbours
+from tunesmith.export.linears import empty_model
 from tunesmith.model.adapter_bank import features
 from tunesmith.model.adapters import read_config, weights_file
 from tunesmith.model.config import load_config
@@ -38,8 +38,8 @@ def write_gguf_lora(folder: Path, base: Path, path: Path) -> None:
     config = load_config(base)
     check_family(config)
     _refuse_outer(folder)
-    with torch.device("meta"):
-        layers = {name: sizes for name, part in _parts(config) if (sizes := features(part)) is not None}
+    parts = empty_model(config).named_modules()
+    layers = {name: sizes for name, part in parts if (sizes := features(part)) is not None}
     updates = read_lora(folder, _Base(str(base)), layers, max_rank=MAX_RANK)
     alpha = _alpha(folder)
     tensors = dict(_tensors(updates, config, alpha))
@@ -58,10 +58,6 @@ class _Base:
 
     def get_submodule(self, name: str) -> nn.Module:
         raise AttributeError(name)
-
-
-def _parts(config: Any) -> Iterator[tuple[str, nn.Module]]:
-    yield from AutoModelForCausalLM.from_config(config).named_modules()
 
 
 def _refuse_outer(folder: Path) -> None:

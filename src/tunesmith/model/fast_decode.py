@@ -102,12 +102,12 @@ class _FastForward:
         if current is not None and current.num_tokens != len(where.x):
             raise RuntimeError(f"{len(where.x)} tokens in a pass of {current.num_tokens}")
         adapters = None if current is None else FusedPass(current, [part.linears for part in self._layers])
+        given = None if adapters is None else adapters.given
         paged = where.layout.paged(self._numbers) if isinstance(where.layout, CacheLayout) else None
         if paged is not None and self._decode is not None:
-            given = None if adapters is None else adapters.given
             self._decode.run_(where.x, where.cos, where.sin, paged, given)
             return
-        room = self._layers[0].room(len(where.x), None if adapters is None else adapters.given)
+        room = self._layers[0].room(len(where.x), given)
         for number, layer in enumerate(self._layers):
             layer.fused(number, where, room)
 

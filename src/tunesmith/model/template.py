@@ -79,10 +79,15 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> tuple[int, ...]:
     """Ids that end an answer: the template's end of turn first, then the tokenizer's and the model's ends."""
-    ends = getattr(generation_config, "eos_token_id", None)
-    more = ends if isinstance(ends, (list, tuple)) else [ends]
-    wanted = [*encoder_of(tokenizer).turn_ends, tokenizer.eos_token_id, *more]
+    own = end_ids(getattr(generation_config, "eos_token_id", None))
+    wanted = [*encoder_of(tokenizer).turn_ends, tokenizer.eos_token_id, *own]
     return tuple(dict.fromkeys(int(i) for i in wanted if i is not None))
+
+
+def end_ids(eos_token_id: Any) -> tuple[int, ...]:
+    """The ids of a config's eos_token_id, which is None, a number or several."""
+    several = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    return tuple(int(i) for i in several if i is not None)
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,6 +15,7 @@ from tunesmith.model.generate import Generator
 from tunesmith.model.grammar import Grammars
 from tunesmith.model.template import stop_token_ids
 from tunesmith.serve.local_engine import LocalEngine
+from tunesmith.workflows.engine_facts import engine_facts
 from tunesmith.workflows.engine_wants import EngineWants, served_length
 from tunesmith.workflows.open_model import OpenModel
 from tunesmith.workflows.open_served import open_served, warm_up_prompt
@@ -100,26 +101,19 @@ def stop_ids(opened: OpenModel) -> tuple[int, ...]:
 
 
 def _facts(opened: OpenModel, wants: EngineWants, length: int, probe: list[int]) -> dict[str, Any]:
-    """What `served_models.Facts` describes, and the prompt for the pool's own questions."""
-    weight = opened.model.get_input_embeddings().weight
-    files, recipe = opened.files, recipe_of(wants.path)
-    ends = getattr(opened.model.generation_config, "eos_token_id", None)
-    return {
-        "name": opened.name,
-        "origin": files.origin,
-        "base": str(files.folder),
-        "base_revision": files.revision,
-        "base_adapters": [str(folder) for folder in files.base_adapters],
-        "tokenizer": str(files.tokenizer),
-        "adapter": str(opened.adapter) if opened.adapter else None,
-        "adapters": {name: str(folder) for name, folder in opened.adapters.items()},
-        "merged": opened.merged,
-        "context_length": opened.context_length,
-        "max_length": length,
-        "vocab_size": vocab_size(opened),
-        "end_ids": list(ends) if isinstance(ends, (list, tuple)) else [ends] * (ends is not None),
-        "device": weight.device.type,
-        "weights": opened.weights,
-        "probe": probe,
-        "trust_remote_code": recipe is not None and recipe.model.trust_remote_code,
-    }
+    recipe = recipe_of(wants.path)
+    return engine_facts(
+        opened.files,
+        name=opened.name,
+        adapter=opened.adapter,
+        adapters=opened.adapters,
+        merged=opened.merged,
+        context_length=opened.context_length,
+        max_length=length,
+        vocab_size=vocab_size(opened),
+        eos_token_id=getattr(opened.model.generation_config, "eos_token_id", None),
+        device=opened.model.get_input_embeddings().weight.device.type,
+        weights=opened.weights,
+        probe=probe,
+        trust_remote_code=recipe is not None and recipe.model.trust_remote_code,
+    )

@@ -22,6 +22,7 @@ from tunesmith.serve.http_engine import HttpEngine
 from tunesmith.serve.llamacpp_engine import LlamaCppDriver
 from tunesmith.serve.text import Detokenizer
 from tunesmith.serve.vllm_engine import VllmDriver, plan_vllm
+from tunesmith.workflows.engine_facts import engine_facts
 from tunesmith.workflows.engine_wants import EngineWants, served_length
 from tunesmith.workflows.engines import EngineName, llama_server, vllm_args, vllm_program
 from tunesmith.workflows.given_adapters import adapter_beside, with_given_adapter
@@ -134,31 +135,23 @@ def _opened(
 
 def _facts(model: _Model, wants: EngineWants, *, merged: bool, weights: str) -> dict[str, Any]:
     files = model.files
-    ends = _end_ids(files.folder)
-    return {
-        "name": wants.model_name or files.name,
-        "origin": files.origin,
-        "base": str(files.folder),
-        "base_revision": files.revision,
-        "base_adapters": [str(folder) for folder in files.base_adapters],
-        "tokenizer": str(files.tokenizer),
-        "adapter": str(files.adapter) if files.adapter else None,
-        "adapters": {name: str(folder) for name, folder in model.adapters.items()},
-        "merged": merged,
-        "context_length": context_length(model.config),
-        "max_length": model.length,
-        "vocab_size": int(model.config.get_text_config().vocab_size),
-        "end_ids": ends,
-        "device": "cuda" if gpus() else "cpu",
-        "weights": weights,
-        "probe": model.probe,
-    }
+    return engine_facts(
+        files,
+        name=wants.model_name or files.name,
+        adapter=files.adapter,
+        adapters=model.adapters,
+        merged=merged,
+        context_length=context_length(model.config),
+        max_length=model.length,
+        vocab_size=int(model.config.get_text_config().vocab_size),
+        eos_token_id=_eos_token_id(files.folder),
+        device="cuda" if gpus() else "cpu",
+        weights=weights,
+        probe=model.probe,
+    )
 
 
-def _end_ids(folder: Path) -> list[int]:
-    """The stop ids of generation_config.json, or of the config where there is none, as in transformers."""
+def _eos_token_id(folder: Path) -> Any:
+    """Of generation_config.json, or of the config where there is none, as in transformers."""
     file = folder / "generation_config.json"
-    ends = read_json_file(file if file.is_file() else folder / "config.json").get("eos_token_id")
-    if ends is None:
-        return []
-    return [int(end) for end in (ends if isinstance(ends, list) else [ends])]
+    return read_json_file(file if file.is_file() else folder / "config.json").get("eos_token_id")

@@ -17,15 +17,10 @@ from tunesmith.model.weights import has_tokenizer
 from tunesmith.serve.engine import Ask, Engine
 from tunesmith.serve.jobs import ServedModel
 from tunesmith.workflows.run_facts import run_recipe
-from tunesmith.workflows.token_facts import token_facts
+from tunesmith.workflows.token_facts import Ends, token_facts
 
 PROBE_TOKENS = 64
 PROBE = "Hello! What can you do?"
-
-
-@dataclass(frozen=True)
-class _Ends:
-    eos_token_id: list[int]
 
 
 def check_template_of_run(
@@ -36,7 +31,7 @@ def check_template_of_run(
     folder = run.path / "tokenizer"
     if has_tokenizer(folder):
         trained = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        stored = token_facts(trained, _Ends(list(end_ids)))
+        stored = token_facts(trained, Ends(list(end_ids)))
         _compare(run, "its tokenizer folder", stored, served)
     if run.lock.is_file():
         lock = read_lock(run.lock)

@@ -20,6 +20,7 @@ from tunesmith.model.weights import has_tokenizer, is_adapter, read_json_file
 from tunesmith.serve.gateway import OpenedAdapter
 from tunesmith.serve.jobs import ServedModel
 from tunesmith.workflows.run_proof import check_template_of_run
+from tunesmith.workflows.token_facts import Ends
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """OpenAI's; a model's generation_config.json changes none of them."""
@@ -113,7 +114,7 @@ class _Models:
         self, name: str, tokenizer_folder: Path, *, run: RunFolder | None, folder: str | None, is_name: bool
     ) -> ServedModel:
         facts, tokenizer = self._facts, self._tokenizer(tokenizer_folder)
-        stop_ids = stop_token_ids(tokenizer, _Ends(list(facts.end_ids)))
+        stop_ids = stop_token_ids(tokenizer, Ends(list(facts.end_ids)))
         if run is not None:
             check_template_of_run(run, tokenizer, stop_ids, facts.end_ids, facts.trust_remote_code)
         return ServedModel(
@@ -154,13 +155,6 @@ class _Models:
         if folder not in self._tokenizers:
             self._tokenizers[folder] = load_tokenizer(folder, trust_remote_code=self._facts.trust_remote_code)
         return self._tokenizers[folder]
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """A generation_config as far as `stop_token_ids` reads it."""
-
-    eos_token_id: list[int]
 
 
 def find_adapter(path: str, facts: Facts) -> tuple[Path, Path]:
