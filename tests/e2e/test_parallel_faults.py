@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from tests.e2e.test_train_faults import POISON, Break, big_batches, poisoned, train_with, warnings_of
 from tests.e2e.train_helpers import Training, cut_back, write_recipe
 from tests.reference.conftest import make_documents, make_model
-from tests.reference.parallel_runs import recipe_for
+from tests.reference.parallel_runs import end, recipe_for
 from tests.small_disk import mounted
 from tunesmith.core.errors import RunFailed
 from tunesmith.core.events import EventLog, read_events
@@ -26,7 +26,7 @@ from tunesmith.model import attention
 from tunesmith.model.batch import Batch, join
 from tunesmith.train.engines import make_engine
 from tunesmith.train.gathered import HostCopies
-from tunesmith.train.group import join_group, leave_group
+from tunesmith.train.group import join_group
 from tunesmith.train.loop import Task, Trainer
 from tunesmith.train.metrics import loss_curve
 from tunesmith.train.objective import Supervised
@@ -196,7 +196,7 @@ def break_a_gradient(local: int, out: Path, port: int) -> None:
         except RunFailed as error:
             told = {"what": error.what, "sum": float(sum(p.double().sum() for p in model.parameters()))}
     (out / f"{local}.json").write_text(json.dumps(told))
-    leave_group()
+    end()
 
 
 def test_the_row_that_breaks_the_gradient_of_one_rank_is_named(tmp_path: Path) -> None:

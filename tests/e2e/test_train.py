@@ -19,7 +19,8 @@ from tunesmith.core.errors import RunFailed, UserError
 from tunesmith.core.events import read_events
 from tunesmith.core.run_folder import MANIFEST, RunFolder
 from tunesmith.train.metrics import loss_curve
-from tunesmith.workflows.train import plan_recipe, train_recipe
+from tunesmith.workflows.plan_recipe import plan_recipe
+from tunesmith.workflows.train import train_recipe
 
 SHORT = {"max_steps": 4, "save_every": 2, "keep_checkpoints": 10}
 
@@ -246,6 +247,6 @@ def test_tensorboard_on_request(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_a_plan_needs_no_run_folder(tmp_path: Path, tiny: Path) -> None:
-    found = plan_recipe(write_recipe(tmp_path, tiny, train=SHORT), [])
+    found = plan_recipe(write_recipe(tmp_path, tiny, train=SHORT), []).as_dict()
     assert found["work"]["steps"] == 4 and found["data"]["totals"]["kept"] > 0
     assert not (tmp_path / "runs" / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,15 @@ def run_bf16(local: int, out: Path, port: int) -> None:
     for method in METHODS:
         for engine in ("ddp", "fsdp-3"):
             train_in_bf16(out / f"{engine}-{method}", engine, method, ranks)
+    end()
+
+
+def end() -> None:
+    """Leave the group and end this process, as the program's own workers do."""
     leave_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def join(local: int, port: int, processes: int) -> Ranks:
@@ -187,4 +196,4 @@ def run_all(local: int, out: Path, port: int, processes: int) -> None:
             if ranks.first:
                 curves[f"{engine} {method}"] = {"whole": curve(whole), "resumed": curve(rest)}
                 (out / "curves.json").write_text(json.dumps(curves))
-    leave_group()
+    end()

@@ -64,10 +64,11 @@ def show(
         for part, spans in groupby(row.spans, key=lambda span: span.part):
             if part:
                 console.print(Text(f"{part}:", style="bold"))
-            console.print(_marked([(s.text, s.supervised) for s in spans], colour=console.is_terminal))
+            console.print(marked([(s.text, s.supervised) for s in spans], colour=console.is_terminal))
 
 
-def _marked(spans: list[tuple[str, bool]], *, colour: bool) -> Text:
+def marked(spans: list[tuple[str, bool]], *, colour: bool) -> Text:
+    """Texts one after the other, those that are learned green, or in brackets where there is no colour."""
     text = Text()
     for raw, supervised in spans:
         shown = CONTROL.sub(lambda found: repr(found.group())[1:-1], raw)

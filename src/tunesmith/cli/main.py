@@ -44,6 +44,10 @@ COMMANDS = {
         "Bring a model or data set to this machine, checked, and write its lock.",
     ),
     "data": ("tunesmith.cli.data", "Show and check the rows of a recipe as the model will see them."),
+    "plan": (
+        "tunesmith.cli.plan",
+        "Know tokens, memory, time and disk of a training before it runs; refuse what cannot work.",
+    ),
     "train": ("tunesmith.cli.train", "Train a recipe, or resume its unfinished run."),
     "import": ("tunesmith.cli.import_", "Turn another tool's training file into a recipe: xtuner 0.1."),
     "verify": ("tunesmith.cli.verify", "Prove on your own recipe that a killed run goes on exactly."),
@@ -119,6 +123,11 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("TUNESMITH_DEBUG"):
             traceback.print_exc()
         code = report(failure, as_json="--json" in args)
+    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        # Native threads of a process group can abort an interpreter that takes its time to end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.cli.plan import end_with
 from tunesmith.core.loading import first_load
 
 app = typer.Typer(add_completion=False)
@@ -31,7 +32,7 @@ def train(
     rendezvous: str | None = typer.Option(
         None, "--rendezvous", metavar="HOST:PORT", help="Where the machines meet: a free port of machine 0."
     ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Stop after the plan; train nothing."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="As 'tunesmith plan': train nothing."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Train a recipe. The same command resumes a run that was stopped or killed, exactly where it was."""
@@ -47,13 +48,11 @@ def train(
         _print(outcome.value, json)
         raise typer.Exit(outcome.code)
     with first_load("torch"):
-        from tunesmith.workflows.train import plan_recipe, train_recipe
+        from tunesmith.workflows.plan_recipe import PlanOptions, plan_recipe
+        from tunesmith.workflows.train import train_recipe
 
     if dry_run:
-        plan = plan_recipe(recipe, overrides)
-        if json:
-            print_json(plan)
-        return
+        end_with(plan_recipe(recipe, overrides, PlanOptions(rows=0)), json)
     _print(train_recipe(recipe, overrides, fresh=fresh).as_dict(), json)
 
 

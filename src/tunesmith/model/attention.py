@@ -36,11 +36,15 @@ class Layout(Protocol):
 class PackedLayout:
     """Causal attention within each document; nothing crosses a document's border.
 
-    `starts` [documents + 1]: document d is tokens starts[d]:starts[d+1].
+    starts [documents + 1]: document d is tokens starts[d]:starts[d+1]; ids [T]: the tokens where they are at
+    hand, so that they need not be asked back from the device.
     """
 
-    def __init__(self, starts: NDArray[np.int64] | Sequence[int]) -> None:
+    def __init__(
+        self, starts: NDArray[np.int64] | Sequence[int], ids: NDArray[np.int64] | None = None
+    ) -> None:
         self.lengths: list[int] = np.diff(np.asarray(starts)).tolist()
+        self.ids = ids
 
     def attend(
         self,
@@ -144,7 +148,8 @@ def _shared(model: nn.Module, input_ids: Tensor, layout: Layout) -> Shared | Non
     """Common beginnings of the documents; none where every token draws random numbers of its own."""
     if type(layout) is not PackedLayout or len(layout.lengths) == 1 or _draws(model):
         return None
-    found = find_shared(input_ids[0].cpu().numpy(), layout.lengths)
+    ids = input_ids[0].cpu().numpy() if layout.ids is None else layout.ids
+    found = find_shared(ids, layout.lengths)
     return None if found is None else found.to(input_ids.device)
 
 

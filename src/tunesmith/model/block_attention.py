@@ -9,11 +9,12 @@ G = H / Hkv, Dh head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from tunesmith.model.hardware import made_once
 
 # Queries of a block, about: smaller ones skip more of the mask, larger ones are fewer products.
 BLOCK = 96
@@ -90,7 +91,7 @@ def _probabilities(queries: Tensor, k: Tensor, begin: int, scale: float) -> Tens
     return torch.softmax(scores, -1)
 
 
-@lru_cache(maxsize=2 * BLOCK)
+@made_once
 def _future(length: int, dtype: torch.dtype) -> Tensor:
     """[n, n]: minus infinity where a key comes after the query."""
     return torch.full((length, length), float("-inf"), dtype=dtype).triu(1)

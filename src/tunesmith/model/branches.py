@@ -16,7 +16,7 @@ from tunesmith.model.batch import Batch, Ints
 
 def layout_of(batch: Batch) -> Layout:
     """What every token of the batch may see."""
-    return PackedLayout(batch.starts) if batch.branches is None else BranchedLayout(batch)
+    return PackedLayout(batch.starts, batch.input_ids) if batch.branches is None else BranchedLayout(batch)
 
 
 class BranchedLayout:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from tunesmith.model import block_attention
+from tunesmith.model.hardware import computes_on
 
 # Tokens of a document up to which blocks of queries are the fastest.
 SHORT = 1024
@@ -41,9 +42,10 @@ def attend_documents(
     """
     if torch.is_autocast_enabled(q.device.type):  # rotated q and k may be fp32 beside a v of 16 bits
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if dropout == 0.0 and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    kind = computes_on(q.device)
+    if dropout == 0.0 and kind == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, lengths, scale)
-    if dropout == 0.0 and q.device.type == "cpu":
+    if dropout == 0.0 and kind == "cpu":
         parts = _parts(lengths, lengths if own is None else own)
         out: Tensor = _Documents.apply(q, k, v, parts, scale)
         return out
@@ -53,7 +55,7 @@ def attend_documents(
 def can_attend_from_ends(q: Tensor, dropout: float) -> bool:
     """True where q may hold the last tokens of each document alone."""
     autocast = torch.is_autocast_enabled(q.device.type)
-    return q.device.type == "cpu" and dropout == 0.0 and not autocast and q.dtype in EXACT
+    return computes_on(q.device) == "cpu" and dropout == 0.0 and not autocast and q.dtype in EXACT
 
 
 def _one_by_one(

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.model.hardware import abridged, computes_on
+
 # 128 rows of 1,536 fp32 numbers are 0.75 MiB; for each thread that works on a block.
 BLOCK_ELEMENTS = 128 * 1536
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
     """Slices over the rows of x [T, N]: few for a GPU, whose launches cost more than its passes."""
-    threads = torch.get_num_threads() if x.device.type == "cpu" else len(x)
+    threads = torch.get_num_threads() if computes_on(x.device) == "cpu" else len(x)
     rows = max(1, BLOCK_ELEMENTS * threads // x.shape[-1])
-    for at in range(0, len(x), rows):
-        yield slice(at, at + rows)
+    return abridged([slice(at, at + rows) for at in range(0, len(x), rows)])
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

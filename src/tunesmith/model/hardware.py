@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -13,7 +17,69 @@ from tunesmith.core.cpu import physical_cores
 from tunesmith.core.errors import UserError
 from tunesmith.recipe.schema import Precision
 
+P = ParamSpec("P")
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-pure": torch.bfloat16, "fp16": torch.float16}
+
+
+_pretended: ContextVar[Literal["cpu", "cuda"] | None] = ContextVar("_pretended", default=None)
+
+
+def computes_on(device: torch.device) -> str:
+    """The kind of device whose way of computing is taken for tensors on `device`."""
+    return _pretended.get() or device.type
+
+
+@contextmanager
+def pretending(kind: Literal["cpu", "cuda"]) -> Iterator[None]:
+    """Within it, code that chooses by device takes the way of `kind`: for steps that are traced, not run."""
+    tokens = _pretended.set(kind), _made.set({})
+    try:
+        yield
+    finally:
+        _pretended.reset(tokens[0])
+        _made.reset(tokens[1])
+
+
+_made: ContextVar[dict[Any, Any] | None] = ContextVar("_made", default=None)
+
+
+def made_once(make: Callable[P, T]) -> Callable[P, T]:
+    """`make`, called once for the same arguments. What is made while a step is traced is forgotten with it:
+    a fake tensor must never be met by a real step."""
+    found: dict[Any, T] = {}
+
+    @wraps(make)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        traced = _made.get()
+        known = found if traced is None else traced
+        key = make, args, tuple(kwargs.items())
+        if key not in known:
+            known[key] = make(*args, **kwargs)
+        result: T = known[key]
+        return result
+
+    return again
+
+
+_repeats: ContextVar[int] = ContextVar("_repeats", default=1)
+
+
+def abridged(parts: Sequence[T]) -> Iterator[T]:
+    """All of the parts of a piece of work; of a step that is only traced the first, which stands for all but
+    the last (`repeats`), and the last."""
+    if _pretended.get() is None or len(parts) <= 2:
+        yield from parts
+        return
+    token = _repeats.set((len(parts) - 1) * _repeats.get())
+    yield parts[0]
+    _repeats.reset(token)
+    yield parts[-1]
+
+
+def repeats() -> int:
+    """How many times over the operation that is traced now would be done."""
+    return _repeats.get()
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

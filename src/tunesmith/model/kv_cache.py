@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -123,19 +123,26 @@ class Paged:
 
 
 def default_cache_tokens(model: nn.Module, dtype: torch.dtype, wanted: int, least: int) -> int:
-    """`wanted` tokens, or as many as there is room for; in any case the `least` that one sequence needs.
-
-    Room on a CPU: as much as the weights take, or LEAST_DEFAULT_BYTES, but no more than a share of what is
-    free; on a GPU: a share of what is free.
-    """
+    """`wanted` tokens, or as many as there is room for; in any case the `least` that one sequence needs."""
     num_bytes = token_bytes(cast(Any, model).config, dtype.itemsize)
     device = next(model.parameters()).device
     if device.type == "cuda":
-        room = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_GPU)
+        room = cache_room("cuda", weight_bytes(model), torch.cuda.mem_get_info(device)[0])
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = min(max(weight_bytes(model), LEAST_DEFAULT_BYTES), int(free * SHARE_OF_CPU))
+        room = cache_room("cpu", weight_bytes(model), free)
     return max(least, min(wanted, room // num_bytes))
+
+
+def cache_room(device: Literal["cpu", "cuda"], weights: int, free: int) -> int:
+    """Bytes that the cache may take; weights, free: bytes, the free ones once the weights are there.
+
+    On a CPU as much as the weights take, or LEAST_DEFAULT_BYTES, but no more than a share of what is free; on
+    a GPU a share of what is free.
+    """
+    if device == "cuda":
+        return int(free * SHARE_OF_GPU)
+    return min(max(weights, LEAST_DEFAULT_BYTES), int(free * SHARE_OF_CPU))
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -30,14 +30,19 @@ def quantize(
     after the other goes to the device, so that a GPU never holds the whole model unquantised. Raises
     MissingExtra without bitsandbytes.
     """
-    bitsandbytes = _bitsandbytes()
-    layers = [name for name, part in model.named_modules() if _is_quantised(name, part, model, keep)]
+    bitsandbytes = load_bitsandbytes()
+    layers = quantised_names(model, keep)
     for name in layers:
         layer = _nf4(bitsandbytes.nn, model.get_submodule(name), device, compute_dtype, double_quant)
         model.set_submodule(name, layer)
     model.to(device)
     model.is_loaded_in_4bit = True  # by this name peft knows such a model
     return len(layers)
+
+
+def quantised_names(model: Any, keep: Sequence[str] = ()) -> list[str]:
+    """The layers of `model` that `quantize` stores in four bits."""
+    return [name for name, part in model.named_modules() if _is_quantised(name, part, model, keep)]
 
 
 def _is_quantised(name: str, part: nn.Module, model: Any, keep: Sequence[str]) -> bool:
@@ -72,8 +77,11 @@ def _nf4(
     return layer.train(linear.training)
 
 
-def _bitsandbytes() -> Any:
-    """bitsandbytes, and peft told that it is there, which it may have looked for in vain before."""
+def load_bitsandbytes() -> Any:
+    """bitsandbytes, and peft told that it is there, which it may have looked for in vain before.
+
+    Raises MissingExtra.
+    """
     try:
         found = load("bitsandbytes")
     except ImportError:

@@ -1,11 +1,14 @@
-"""Disk: what a run will write, against what is free."""
+"""Disk: what a run will write, against what is free on each file system involved."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.core.paths import free_bytes
 from tunesmith.core.units import bytes_text
@@ -14,16 +17,39 @@ from tunesmith.recipe.schema import Optimizer
 
 # Logs, tokenizer, reports and the folder entries of a run.
 SMALL_FILES_BYTES = 32 * 1024**2
+# Of a tokenised row: four bytes of id and one of mask a token, and its entries in the other arrays.
+TOKEN_BYTES = 5
+ROW_BYTES = 72
+# Of a weight in a GGUF file: 32 codes of 8 bits with an fp16 scale.
+Q8_0_BYTES = 34 / 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiskPlan:
-    """Bytes that a run needs at its fullest moment, by part, and bytes that are free there."""
+class DiskPart:
+    """Something that is written: what, where, how much; kind: by the run itself, by what may follow it, such
+    as an export that nobody has asked for yet, or there already."""
 
-    checkpoint_bytes: int
-    checkpoints_held: int
-    export_bytes: int
+    what: str
+    folder: Path
+    num_bytes: int
+    kind: Literal["run", "later", "there"] = "run"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "folder": str(self.folder),
+            "bytes": self.num_bytes,
+            "kind": self.kind,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSystem:
+    """Bytes that the parts in `folder` and elsewhere on the same file system need, and bytes free there."""
+
+    folder: Path
     needed_bytes: int
+    later_bytes: int
     free_bytes: int
 
     @property
@@ -31,7 +57,48 @@ class DiskPlan:
         return self.needed_bytes <= self.free_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"fits": self.fits}
+        return asdict(self) | {"folder": str(self.folder), "fits": self.fits}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskPlan:
+    """Bytes that a run needs at its fullest moment, by part, and the file systems that take them.
+
+    checkpoint_bytes: of one; needed_bytes, free_bytes: where the run folder lies.
+    """
+
+    checkpoint_bytes: int
+    checkpoints_held: int
+    parts: tuple[DiskPart, ...]
+    systems: tuple[FileSystem, ...] = field(default=())
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.systems[0].needed_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.systems[0].free_bytes
+
+    @property
+    def fits(self) -> bool:
+        return all(system.fits for system in self.systems)
+
+    @property
+    def full(self) -> FileSystem | None:
+        """The first file system that does not suffice."""
+        return next((system for system in self.systems if not system.fits), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoints_held": self.checkpoints_held,
+            "needed_bytes": self.needed_bytes,
+            "free_bytes": self.free_bytes,
+            "fits": self.fits,
+            "parts": [part.as_dict() for part in self.parts],
+            "file_systems": [system.as_dict() for system in self.systems],
+        }
 
     def text(self) -> str:
         return (
@@ -59,20 +126,72 @@ def state_bytes(optimizer: Optimizer, weight_bytes: int, *, count: int = MIN_8BI
     }[optimizer]
 
 
-def plan_disk(
-    folder: Path, *, checkpoint: int, keep: int, saves: int, export: int, present: int = 0
-) -> DiskPlan:
-    """Compare a run's need with the free space where `folder` lies.
+def stored_rows(tokens: int, rows: int) -> int:
+    """Bytes of tokenised rows in the cache."""
+    return tokens * TOKEN_BYTES + rows * ROW_BYTES
 
-    checkpoint: bytes of one; keep: checkpoints kept; saves: checkpoints written in all; export: bytes of the
-    final export; present: bytes that an earlier part of this run has already written there.
+
+def plan_disk(
+    folder: Path,
+    *,
+    checkpoint: int,
+    keep: int,
+    saves: int,
+    exports: Sequence[DiskPart] = (),
+    elsewhere: Sequence[DiskPart] = (),
+    present: int = 0,
+) -> DiskPlan:
+    """Compare a run's need with the free space of every file system that it writes to.
+
+    folder: the run's; checkpoint: bytes of one; keep: checkpoints kept; saves: checkpoints written in all;
+    exports, elsewhere: what else is written, in the run's folder or not; present: bytes that an earlier part
+    of this run has already written.
     """
     held = min(saves, keep + 1)  # a new one is complete before the oldest goes
-    needed = max(0, held * checkpoint + export + SMALL_FILES_BYTES - present)
+    told = f"{held} checkpoint{'s' if held != 1 else ''} of {bytes_text(checkpoint)}"
+    parts = (
+        DiskPart(what=told, folder=folder, num_bytes=held * checkpoint),
+        *exports,
+        DiskPart(what="logs, reports, tokenizer", folder=folder, num_bytes=SMALL_FILES_BYTES),
+        *elsewhere,
+    )
     return DiskPlan(
         checkpoint_bytes=checkpoint,
         checkpoints_held=held,
-        export_bytes=export,
-        needed_bytes=needed,
+        parts=parts,
+        systems=_systems(parts, folder, present),
+    )
+
+
+def _systems(parts: Sequence[DiskPart], run: Path, present: int) -> tuple[FileSystem, ...]:
+    """The file systems of `parts`, the run's own first."""
+    groups: dict[int, list[DiskPart]] = {}
+    for part in parts:
+        groups.setdefault(_device(part.folder), []).append(part)
+    mine = _device(run)
+    return tuple(
+        _system(
+            groups[device], run if device == mine else groups[device][0].folder, present * (device == mine)
+        )
+        for device in sorted(groups, key=lambda device: device != mine)
+    )
+
+
+def _system(parts: Sequence[DiskPart], folder: Path, present: int) -> FileSystem:
+    sums = Counter[str]()
+    for part in parts:
+        sums[part.kind] += part.num_bytes
+    return FileSystem(
+        folder=folder,
+        needed_bytes=max(0, sums["run"] - present),
+        later_bytes=sums["later"],
         free_bytes=free_bytes(folder),
     )
+
+
+def _device(folder: Path) -> int:
+    """The number of the file system that `folder` lies on, or will lie on."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return os.stat(folder).st_dev

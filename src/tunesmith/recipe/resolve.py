@@ -36,9 +36,10 @@ def resolve(recipe: Recipe, facts: Facts) -> Recipe:
 
     serve.engine stays as it is: the machine that serves decides.
 
-    Raises UserError for a length beyond the model's limit, and for settings that cannot work
-    together.
+    method.type and train.micro_batch_size depend on a plan of the memory (`plan.auto`) and are values by now.
+    Raises UserError for a length beyond the model's limit, and for settings that cannot work together.
     """
+    assert recipe.method.type != "auto" and recipe.train.micro_batch_size != "auto"
     check_method(recipe)
     for key, length in (("data", recipe.data.max_length), ("serve", recipe.serve.max_length)):
         if length != "auto" and length > facts.context_length:

@@ -107,9 +107,10 @@ class Data(Section):
 class Method(Section):
     """What is trained."""
 
-    type: Literal["full", "lora", "qlora"] = Field(
+    type: Literal["full", "lora", "qlora", "auto"] = Field(
         "lora",
-        description="full: all weights; lora: low-rank adapters; qlora: adapters over a base in 4 bits.",
+        description="full: all weights; lora: low-rank adapters; qlora: adapters over a base in 4 bits; "
+        "auto: the first of them that fits the memory with a margin.",
     )
     rank: int = Field(16, ge=1, description="Rank of the adapters.")
     alpha: float | Auto = Field(
@@ -170,7 +171,11 @@ class Train(Section):
 
     epochs: float = Field(1.0, gt=0, description="Passes over the data; not used when max_steps is given.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps after which training ends.")
-    micro_batch_size: int = Field(1, ge=1, description="Packs (rows without packing) in one forward pass.")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
+        1,
+        description="Packs (rows without packing) in one forward pass; auto: as many as fit and still make "
+        "it faster, and a grad_accumulation that is given is the packs of a whole step, divided by them.",
+    )
     grad_accumulation: int = Field(1, ge=1, description="Forward passes in one optimizer step.")
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto", description="Peak learning rate; auto: 2e-4 for lora, 2e-5 for full."

@@ -25,8 +25,10 @@ BASE = "base"
 GIB = 1024**3
 # vLLM's own list of possible --max-lora-rank.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Beside weights and cache on the card: CUDA's context, activations of a prefill chunk, CUDA graphs.
-OTHER_GPU_BYTES = 3 * GIB
+MAX_LORAS = 8
+# Beside weights and cache on the card, where it is not known: CUDA's context, activations, CUDA graphs.
+UNKNOWN_GPU_BYTES = 3 * GIB
+BLOCK = 16  # tokens of a block of its cache
 MOST_UTILIZATION = 0.92
 ID_PREFIX = "token_id:"
 
@@ -43,14 +45,14 @@ class VllmPlan:
     gpu_memory_utilization: float | None = None
     kv_cache_gib: int | None = None
     max_lora_rank: int | None = None
-    max_loras: int = 1
+    max_loras: int = MAX_LORAS
     dtype: str = "auto"
 
     def args(self) -> list[str]:
         args = ["--max-model-len", str(self.max_length), "--max-num-seqs", str(self.max_concurrent)]
         args += ["--dtype", self.dtype, "--max-logprobs", str(MAX_LOGPROBS)]
         if self.gpu_memory_utilization is not None:
-            args += ["--gpu-memory-utilization", f"{self.gpu_memory_utilization:.2f}"]
+            args += ["--gpu-memory-utilization", f"{self.gpu_memory_utilization:.4f}"]
         if self.max_lora_rank is not None:
             args += ["--enable-lora", "--max-lora-rank", str(self.max_lora_rank)]
             args += ["--max-loras", str(self.max_loras), "--max-cpu-loras", str(max(self.max_loras, 32))]
@@ -65,37 +67,38 @@ def plan_vllm(
     max_concurrent: int,
     gpu_bytes: int | None = None,
     free_gpu_bytes: int | None = None,
-    lora_ranks: Iterable[int] = (),
-    loras: bool = False,
-    max_loras: int = 8,
+    other_bytes: int | None = None,
+    max_lora_rank: int | None = None,
     dtype: str = "auto",
 ) -> VllmPlan:
     """The arguments for a model of `weight_bytes` on a card of `gpu_bytes`, `free_gpu_bytes` of them free.
 
-    gpu_bytes None: a CPU. lora_ranks: of the adapters known now; loras: others may be loaded later. dtype: as
-    vLLM calls it. Raises UserError when weights and one request of max_length do not fit.
+    All bytes are those of one card, of which several may share the model. gpu_bytes None: a CPU. other_bytes:
+    beside weights and cache, adapters included; None: UNKNOWN_GPU_BYTES. max_lora_rank: of adapters, those
+    that are loaded later too; None: there are none. dtype: as vLLM calls it.
+
+    Raises UserError when weights and one request of max_length do not fit.
     """
-    ranks = list(lora_ranks)
-    rank = lora_rank(max(ranks, default=16)) if ranks or loras else None
-    one = kv_bytes_per_token * max_length
+    other = UNKNOWN_GPU_BYTES if other_bytes is None else other_bytes
+    one = kv_bytes_per_token * math.ceil(max_length / BLOCK) * BLOCK
     if gpu_bytes is None:
         cache = max(1, math.ceil(min(max_concurrent, 8) * one / GIB))
-        return VllmPlan(max_length, max_concurrent, None, cache, rank, max_loras, dtype)
+        return VllmPlan(max_length, max_concurrent, None, cache, max_lora_rank, dtype=dtype)
     usable = min(
         free_gpu_bytes if free_gpu_bytes is not None else gpu_bytes, int(gpu_bytes * MOST_UTILIZATION)
     )
-    least = weight_bytes + OTHER_GPU_BYTES + one
+    least = weight_bytes + other + one
     if usable < least:
-        fits = max(0, usable - weight_bytes - OTHER_GPU_BYTES) // max(1, kv_bytes_per_token)
+        blocks = max(0, usable - weight_bytes - other) // (BLOCK * kv_bytes_per_token)
+        fits = blocks * BLOCK
         raise UserError(
-            f"vLLM: weights, {OTHER_GPU_BYTES // GIB} GiB of work space and a request of {max_length} tokens "
+            f"vLLM: weights, {other / GIB:.1f} GiB of work space and a request of {max_length} tokens "
             f"need {least / GIB:.1f} GiB; of the card {usable / GIB:.1f} GiB are free",
             hint=f"give --max-length {fits}" if fits >= 256 else "take a smaller model or a larger card",
         )
-    wanted = weight_bytes + OTHER_GPU_BYTES + max_concurrent * one
-    share = min(usable, max(wanted, least)) / gpu_bytes
-    share = math.floor(share * 100) / 100
-    return VllmPlan(max_length, max_concurrent, share, None, rank, max_loras, dtype)
+    wanted = weight_bytes + other + max_concurrent * one
+    share = math.floor(min(usable, wanted) / gpu_bytes * 10_000) / 10_000
+    return VllmPlan(max_length, max_concurrent, share, None, max_lora_rank, dtype=dtype)
 
 
 def lora_rank(rank: int) -> int:

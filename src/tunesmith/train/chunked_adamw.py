@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.optional import load
+from tunesmith.model.hardware import abridged, computes_on
 from tunesmith.recipe.memory import BLOCK_8BIT, MIN_8BIT
 from tunesmith.train.stored import Blocks8, Plain, Rounded, Stored, blocks, dynamic_map
 
@@ -68,9 +69,9 @@ class ChunkedAdamW(torch.optim.Optimizer):
         draw = self._generator(number, parameter.device) if self.stochastic else None
         weights = _stored(parameter.detach(), draw)
         mean, square = (self._average(state, name, draw) for name in ("exp_avg", "exp_avg_sq"))
-        flat, size = gradient.reshape(-1), CHUNK[parameter.device.type]
-        for start in range(0, flat.numel(), size):
-            at = slice(start, min(start + size, flat.numel()))
+        flat, size = gradient.reshape(-1), CHUNK[computes_on(parameter.device)]
+        count = flat.numel()
+        for at in abridged([slice(start, min(start + size, count)) for start in range(0, count, size)]):
             update_chunk(weights, mean, square, flat[at].float(), at, group, step=int(state["step"]))
 
     def _generator(self, number: int, device: torch.device) -> torch.Generator:
@@ -99,7 +100,7 @@ def update_chunk(
 ) -> None:
     """One AdamW step of the elements `at`. gradient_n: fp32; step: 1 at the first."""
     weight_n = weights.read(at)
-    kernel = _cuda_kernel() if weight_n.is_cuda else None
+    kernel = _cuda_kernel() if computes_on(weight_n.device) == "cuda" else None
     if kernel is not None and isinstance(mean, Blocks8) and isinstance(square, Blocks8):
         _update_by_kernel(kernel, weight_n, mean, square, gradient_n, at, group, step)
     else:
@@ -127,9 +128,9 @@ def _cuda_kernel() -> Callable[..., None] | None:
     """bitsandbytes' fused update of the same 8-bit format; None where it is not installed."""
     try:
         load("bitsandbytes")
-        kernel: Callable[..., None] = load("bitsandbytes.functional").optimizer_update_8bit_blockwise
     except ImportError:
         return None
+    kernel: Callable[..., None] = torch.ops.bitsandbytes.optimizer_update_8bit_blockwise
     return kernel
 
 
@@ -149,5 +150,5 @@ def _update_by_kernel(
         beta1, beta2, 0.0, 0.0, group["eps"], step, group["lr"],
         dynamic_map(True, weight_n.device), dynamic_map(False, weight_n.device),
         mean.scales[blocks(at)], square.scales[blocks(at)],
-        weight_decay=group["weight_decay"],
+        group["weight_decay"], 1.0,
     )  # fmt: skip

@@ -121,7 +121,7 @@ def too_large(batch: Batch, reason: str, recipe: Recipe, step: int) -> RunFailed
     """The error for a micro-batch that memory does not hold and that cannot be cut or tried again."""
     train = recipe.train
     remedies = [
-        *(["train.micro_batch_size=1"] if batch.num_documents > 1 and train.micro_batch_size > 1 else []),
+        *(["train.micro_batch_size=1"] if batch.num_documents > 1 and train.micro_batch_size != 1 else []),
         *(["train.gradient_checkpointing=full"] if train.gradient_checkpointing != "full" else []),
         *(["train.memory=low"] if train.memory == "normal" else []),
         "a smaller data.max_length",

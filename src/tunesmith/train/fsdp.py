@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tunesmith.model.attention import unwrapped
 from tunesmith.model.batch import Batch
@@ -131,7 +132,8 @@ def _shard(model: Any, recipe: Recipe, ranks: Ranks) -> torch.device:
     """Replace the model's weights by shards on the device that is returned."""
     kind = recipe.hardware.device
     assert kind != "auto"
-    mesh = init_device_mesh(kind, (ranks.size,))
+    with _disable_current_modes():  # ranks are numbers, where a plan traces all else on fake tensors
+        mesh = init_device_mesh(kind, (ranks.size,))
     policy = OffloadPolicy()
     if recipe.parallel.offload == "parameters":
         policy = CPUOffloadPolicy(pin_memory=kind == "cuda")

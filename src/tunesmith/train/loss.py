@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.model.batch import IGNORE
 from tunesmith.model.fast_math import row_blocks
-from tunesmith.model.hardware import compute_dtype
+from tunesmith.model.hardware import abridged, compute_dtype
 
 # Elements of the largest logits chunk: 64 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 24
@@ -60,8 +60,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias_V, dtype=exact) if wanted[2] and bias_V is not None else None
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         rows = max(1, CHUNK_ELEMENTS // len(weight))
-        for at in range(0, len(hidden_ND), rows):
-            part = slice(at, at + rows)
+        for part in abridged([slice(at, at + rows) for at in range(0, len(hidden_ND), rows)]):
             into = None if d_hidden is None else d_hidden[part], d_weight, d_bias
             total += _chunk_loss(hidden_ND[part], weight, bias, targets_N[part], exact, into)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)

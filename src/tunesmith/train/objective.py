@@ -92,7 +92,7 @@ class Supervised:
         device = next(model.parameters()).device
         input_ids = torch.from_numpy(batch.input_ids).to(device)[None]
         positions = torch.from_numpy(batch.positions).to(device)[None]
-        layout = attention.PackedLayout(batch.starts)
+        layout = attention.PackedLayout(batch.starts, batch.input_ids)
         hidden = attention.hidden_states(model, input_ids, positions, layout)
         return loss_sum(attention.lm_head(model), hidden, torch.from_numpy(batch.labels).to(device))
 

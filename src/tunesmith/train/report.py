@@ -26,20 +26,42 @@ def report(name: str, events: Path, plan: dict[str, Any], result: dict[str, Any]
 
 
 def _measured(plan: dict[str, Any], result: dict[str, Any], events: Path) -> str:
-    work, disk = plan["work"], plan["disk"]
+    work, disk, seconds = plan["work"], plan["disk"], plan["duration"]
     saved = [event["bytes"] for event in final_events(events, "checkpoint")]
-    predicted_s = "-" if work["seconds"] is None else duration_text(work["seconds"])
     rows = [
         ("optimizer steps", work["steps"], result["steps"]),
         ("tokens", f"{work['tokens']:,}", f"{result['tokens']:,}"),
         ("supervised tokens", f"{work['supervised_tokens']:,}", f"{result['supervised_tokens']:,}"),
-        ("time in steps", predicted_s, duration_text(result["step_seconds"])),
-        ("time in all", "-", duration_text(result["train_seconds"])),
-        ("tokens/s", "-", f"{result['tokens_per_s']:,.0f}"),
+        ("time in steps", _time(seconds, "train_s"), duration_text(result["step_seconds"])),
+        ("time in all", _time(seconds, "total_s"), duration_text(result["train_seconds"])),
+        ("tokens/s", _rate(seconds), f"{result['tokens_per_s']:,.0f}"),
         ("a checkpoint", bytes_text(disk["checkpoint_bytes"]), bytes_text(max(saved)) if saved else "-"),
-        ("peak memory", "-", f"{result['peak_gib']:.2f} GiB"),
+        _memory(plan, result["peak_gib"]),
     ]
     return "## Predicted beside measured\n\n" + _table(("", "predicted", "measured"), rows)
+
+
+def _time(seconds: dict[str, Any] | None, name: str) -> str:
+    return "-" if seconds is None else duration_text(seconds[name])
+
+
+def _rate(seconds: dict[str, Any] | None) -> str:
+    return "-" if seconds is None else f"{seconds['tokens_per_s']:,.0f}"
+
+
+def _memory(plan: dict[str, Any], peak_gib: float) -> tuple[Any, ...]:
+    """On a GPU the blocks that torch has allocated; on a CPU the process: its tensors, and what the program
+    took before its model was loaded."""
+    memory, measured = plan["memory"], f"{peak_gib:.2f} GiB"
+    on_gpu = plan["machine"]["device"] == "cuda"
+    name = "peak memory, allocated on the GPU" if on_gpu else "peak memory of the process"
+    if memory is None:
+        return name, "-", measured
+    if on_gpu:
+        return name, bytes_text(memory["allocated_bytes"]), measured
+    tensors, program = memory["allocated_bytes"], plan["machine"]["base_bytes"]
+    parts = f"{bytes_text(tensors)} of tensors, {bytes_text(program)} of the program"
+    return name, f"{bytes_text(tensors + program)}: {parts}", measured
 
 
 def _losses(evals: list[dict[str, Any]], events: Path) -> str:

@@ -8,12 +8,12 @@ Shapes: N elements of a tensor laid flat, B = ceil(N / BLOCK_8BIT), n elements o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tunesmith.model.hardware import made_once
 from tunesmith.recipe.memory import BLOCK_8BIT
 
 DECADES = 7
@@ -113,7 +113,7 @@ def round_to_bf16_(values: Tensor, generator: torch.Generator) -> Tensor:
     return values
 
 
-@cache
+@made_once
 def dynamic_map(signed: bool, device: torch.device) -> Tensor:
     """The 256 values in ascending order that codes stand for (Dettmers et al. 2021, arXiv:2110.02861).
 
@@ -137,7 +137,7 @@ def nearest_codes(values: Tensor, signed: bool) -> Tensor:
     return codes.add_(values > border.index_select(0, cells))
 
 
-@cache
+@made_once
 def _cells(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each value of an fp32's upper 16 bits: the code of the smallest number that begins with them, and
     above which number the next code is nearer. None of these cells reaches over more than two codes, so

@@ -25,13 +25,14 @@ from tunesmith.recipe.resolve import MAX_LENGTH
 from tunesmith.recipe.schema import Data, Objective, Recipe, Train
 
 QUANTILES = (0.5, 0.9, 0.99)
+PARTS = ("prompt", "chosen", "rejected", "another's answer")
 ANSWERS = {"sft": 1, "dpo": 2, "orpo": 2, "kto": 3}  # of a row, each behind its prompt
 
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens that are all supervised, or all not, as text. part: of a row with two answers,
-    prompt, chosen or rejected; else empty."""
+    """Neighbouring tokens that are all supervised, or all not, as text. part: of a row with several answers,
+    one of PARTS; else empty."""
 
     text: str
     supervised: bool
@@ -78,7 +79,7 @@ def show_rows(recipe_path: Path, overrides: list[str], *, count: int, source: in
             branches = chunk.arrays["branches"][i].tolist()
             longest = branches[0] + max(branches[1:]) if pairs else len(ids)
             fate = _fate(longest, sum(mask), data)
-            spans = _spans_of_parts(ids, mask, branches, tokenizer) if pairs else _spans(ids, mask, tokenizer)
+            spans = spans_of(ids, mask, branches, tokenizer)
             shown.append(ShownRow(file.name, number, shape.format, len(ids), sum(mask), fate, spans, ids))
         if len(shown) >= count:
             break
@@ -128,13 +129,14 @@ def prepared_rows(recipe: Recipe, data: Data, tokenizer: PreTrainedTokenizerBase
 
 def step_plan(prepared: Prepared, data: Data, train: Train, objective: Objective) -> StepPlan:
     """The optimizer steps of a recipe. `data.max_length` must be a number, and bounds a prompt with one
-    answer: a pack has so many tokens for each answer of a row."""
+    answer: a pack has so many tokens for each answer of a row. A micro_batch_size that is still "auto" leaves
+    the packs of a step to grad_accumulation."""
     assert data.max_length != "auto"
     return StepPlan(
         prepared.train,
         packing=data.packing,
         max_length=data.max_length * ANSWERS[objective.type],
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=1 if train.micro_batch_size == "auto" else train.micro_batch_size,
         grad_accumulation=train.grad_accumulation,
         seed=train.seed,
         epochs=train.epochs,
@@ -187,11 +189,15 @@ def _fate(tokens: int, supervised: int, data: Data) -> str:
     return "used"
 
 
-def _spans_of_parts(
+def spans_of(
     ids: list[int], mask: list[bool], branches: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[Span]:
+    """A row's tokens as text, cut where supervision begins or ends. branches: tokens of each part of a row
+    with several answers; all 0 for any other row."""
+    if not any(branches):
+        return _spans(ids, mask, tokenizer)
     spans, at = [], 0
-    for part, count in zip(("prompt", "chosen", "rejected"), branches, strict=True):
+    for part, count in zip(PARTS, branches, strict=False):
         found = _spans(ids[at : at + count], mask[at : at + count], tokenizer)
         spans += [replace(span, part=part) for span in found]
         at += count

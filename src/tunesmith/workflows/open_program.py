@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UserError
-from tunesmith.core.gpu import gpu_memory, gpus
+from tunesmith.core.gpu import first_gpu, gpu_memory, gpus
 from tunesmith.core.paths import cache_dir
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
-from tunesmith.model.config import context_length, load_config, token_bytes
+from tunesmith.model.config import context_length, load_config
 from tunesmith.model.limits import Limits
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.model.weights import read_json_file, weight_files
+from tunesmith.model.weights import read_json_file
 from tunesmith.serve.driver import Driver
 from tunesmith.serve.http_engine import HttpEngine
 from tunesmith.serve.llamacpp_engine import LlamaCppDriver
 from tunesmith.serve.text import Detokenizer
-from tunesmith.serve.vllm_engine import VllmDriver, plan_vllm
+from tunesmith.serve.vllm_engine import MAX_LORAS, VllmDriver, VllmPlan, lora_rank, plan_vllm
 from tunesmith.workflows.engine_facts import engine_facts
 from tunesmith.workflows.engine_wants import EngineWants, served_length
 from tunesmith.workflows.engines import EngineName, llama_server, vllm_args, vllm_program
 from tunesmith.workflows.given_adapters import adapter_beside, with_given_adapter
 from tunesmith.workflows.served_gguf import served_gguf
+from tunesmith.workflows.vllm_memory import vllm_memory, vllm_options
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 SLOTS = 8
 ALL_LAYERS = 999
+DEFAULT_RANK = 16  # of adapters that may come later
 VLLM_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -88,25 +90,40 @@ def _vllm(wants: EngineWants) -> tuple[_Model, Driver, bool]:
     own = {wants.model_name or files.name: files.adapter} if files.adapter else {}
     named = {name: adapter_beside(path, files) for name, path in wants.adapters.items()}
     model = _opened(files, wants, own | named, quantized=True)
+    args = vllm_args()
+    plan = _vllm_plan(model, wants, args)
+    driver = VllmDriver(vllm_program(), files.folder, plan, extra=args, adapters_at_start=model.adapters)
+    return model, driver, False
+
+
+def _vllm_plan(model: _Model, wants: EngineWants, args: Sequence[str]) -> VllmPlan:
+    """By the model's sizes, the first card, and the user's own arguments."""
+    dtype = VLLM_DTYPES[wants.precision]
     ranks = [
         int(read_json_file(folder / "adapter_config.json").get("r", 0)) for folder in model.adapters.values()
     ]
+    rank = lora_rank(max(ranks, default=DEFAULT_RANK))
+    needs = vllm_memory(
+        model.files.folder,
+        model.config,
+        vllm_options(dtype, args),
+        gpu=first_gpu(),
+        sequences=wants.max_concurrent,
+        lora_rank=rank,
+        lora_slots=MAX_LORAS,
+    )
     free, total = gpu_memory() or (None, None)
-    plan = plan_vllm(
-        weight_bytes=sum(path.stat().st_size for path in weight_files(files.folder)),
-        kv_bytes_per_token=token_bytes(model.config, 2),
+    return plan_vllm(
+        weight_bytes=needs.weights,
+        kv_bytes_per_token=needs.token,
         max_length=model.length,
         max_concurrent=wants.max_concurrent,
         gpu_bytes=total,
         free_gpu_bytes=free,
-        lora_ranks=ranks,
-        loras=True,
-        dtype=VLLM_DTYPES[wants.precision],
+        other_bytes=needs.other,
+        max_lora_rank=rank,
+        dtype=dtype,
     )
-    driver = VllmDriver(
-        vllm_program(), files.folder, plan, extra=vllm_args(), adapters_at_start=model.adapters
-    )
-    return model, driver, False
 
 
 def _llamacpp(wants: EngineWants) -> tuple[_Model, Driver, bool]:

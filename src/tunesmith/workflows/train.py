@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from tunesmith.core.errors import RunFailed, UserError
+from tunesmith.core.errors import PlanRefused, RunFailed, TunesmithError, UserError
 from tunesmith.core.paths import new_folder, write_json, write_text
 from tunesmith.core.progress import console, say
 from tunesmith.core.run_folder import RunFolder
@@ -21,6 +22,7 @@ from tunesmith.hub.sources import resolve_model
 from tunesmith.model.config import context_length, load_config
 from tunesmith.model.hardware import pick_device
 from tunesmith.model.tokenizer import load_tokenizer, save_tokenizer
+from tunesmith.plan.auto import has_auto, kept
 from tunesmith.recipe.load import dump_yaml, load_recipe
 from tunesmith.recipe.resolve import resolve, without_secrets
 from tunesmith.recipe.schema import Recipe
@@ -28,8 +30,13 @@ from tunesmith.train import checkpoint
 from tunesmith.train.engines import check_engine
 from tunesmith.train.group import is_lost_peer, join_group, leave_group, share
 from tunesmith.train.ranks import Ranks, ranks_from
-from tunesmith.workflows.launch import processes_here, wait_for_the_end
+from tunesmith.workflows.launch import wait_for_the_end
+from tunesmith.workflows.plan import RunPlan
+from tunesmith.workflows.plan_machine import this_machine
+from tunesmith.workflows.plan_model import PlannedModel
+from tunesmith.workflows.plan_recipe import settled
 from tunesmith.workflows.resume import (
+    check_same_inputs,
     check_same_recipe,
     data_hashes,
     earlier_recipe,
@@ -40,7 +47,16 @@ from tunesmith.workflows.resume import (
 )
 from tunesmith.workflows.run_facts import run_folder
 from tunesmith.workflows.token_facts import token_facts
-from tunesmith.workflows.train_job import Job, Start, TrainResult, open_job, train_job
+from tunesmith.workflows.train_job import (
+    Inputs,
+    Job,
+    Start,
+    TrainResult,
+    open_inputs,
+    open_job,
+    plan_job,
+    train_job,
+)
 
 
 def train_recipe(recipe_path: Path, overrides: list[str], *, fresh: bool = False) -> TrainResult:
@@ -53,15 +69,61 @@ def train_recipe(recipe_path: Path, overrides: list[str], *, fresh: bool = False
     ranks = ranks_from(os.environ)
     recipe = load_recipe(recipe_path, overrides)
     run = run_folder(recipe, recipe_path)
-    with in_group(recipe, ranks), sole_trainer(run) if ranks.first else nullcontext():
-        start = share(begin(recipe, run, ranks, fresh=fresh) if ranks.first else None, ranks)
+    with ExitStack() as held:
+        # Before the processes meet: those that a plan imagines take the place of a real group.
+        found = look_ahead(recipe, run, ranks, held, fresh=fresh) if ranks.first else None
+        held.enter_context(in_group(recipe, ranks))
+        start = agree(found, ranks)
         if start.finished is not None:
             say(f"{run.path}: this run is finished; --fresh trains it again")
             return TrainResult(run, **start.finished, already_finished=True)
-        job = open_job(start, run, resume_command(recipe_path, overrides), ranks)
+        inputs = found.inputs if isinstance(found, Outlook) and found.inputs else open_inputs(start)
+        plan = found.plan if isinstance(found, Outlook) else None
+        job = open_job(start, run, resume_command(recipe_path, overrides), ranks, inputs, plan)
         if ranks.first:
             write_inputs(job, recipe_path)
         return train_job(job)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What rank 0 knows before it meets the others. inputs, plan: None of a run that is finished."""
+
+    start: Start
+    inputs: Inputs | None = None
+    plan: RunPlan | None = None
+
+
+def look_ahead(
+    recipe: Recipe, run: RunFolder, ranks: Ranks, held: ExitStack, *, fresh: bool
+) -> Outlook | TunesmithError:
+    """Take the run's lock, find where it stands, and plan it. Returns an error where others wait for it."""
+    try:
+        held.enter_context(sole_trainer(run))
+        start = begin(recipe, run, ranks, fresh=fresh)
+        if start.finished is not None:
+            return Outlook(start)
+        inputs = open_inputs(start)
+        if start.resumed:
+            check_same_inputs(run, start.files, inputs.recipe)
+        return Outlook(start, inputs, plan_job(start, inputs, run))
+    except TunesmithError as error:
+        if ranks.size == 1:
+            raise
+        return error
+
+
+def agree(found: Outlook | TunesmithError | None, ranks: Ranks) -> Start:
+    """Where the run stands, on every rank. Raises what rank 0 has found wrong."""
+    fault = found if isinstance(found, TunesmithError) else None
+    told = (type(fault) is PlanRefused, fault.what, fault.hint) if fault else None
+    start, other = share((found.start if isinstance(found, Outlook) else None, told), ranks)
+    if fault is not None:
+        raise fault
+    if other is not None:
+        raise (PlanRefused if other[0] else UserError)(*other[1:])
+    assert start is not None
+    return start
 
 
 @contextmanager
@@ -90,28 +152,20 @@ def in_group(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
 
 
 def begin(recipe: Recipe, run: RunFolder, ranks: Ranks, *, fresh: bool) -> Start:
-    """What rank 0 finds, and all ranks go by."""
-    if fresh:
-        move_aside(run)
-    earlier = earlier_recipe(run)
-    resolved, files = resolve_recipe(recipe, run, ranks)
+    """What rank 0 finds, and all ranks go by. fresh: a run that has begun will be moved aside."""
+    earlier = None if fresh else earlier_recipe(run)
+    written, resolved, files, config = resolve_recipe(recipe, run, ranks, earlier)
     return Start(
         recipe=resolved,
+        written=written,
         files=files,
-        checkpoint=run.latest_checkpoint(),
-        resumed=run.lock.is_file(),
-        finished=finished_result(run),
+        config=config,
+        checkpoint=None if fresh else run.latest_checkpoint(),
+        resumed=not fresh and run.lock.is_file(),
+        fresh=fresh,
+        finished=None if fresh else finished_result(run),
         notes=other_ranks(earlier, resolved) + idle_ranks(resolved, ranks),
     )
-
-
-def plan_recipe(recipe_path: Path, overrides: list[str]) -> dict[str, Any]:
-    """What `train_recipe` would do, as plain values; nothing is trained or written into the run folder."""
-    recipe = load_recipe(recipe_path, overrides)
-    run = run_folder(recipe, recipe_path)
-    ranks = Ranks(size=processes_here(recipe), local_size=processes_here(recipe))
-    job = open_job(begin(recipe, run, ranks, fresh=False), run, resume_command(recipe_path, overrides), ranks)
-    return {"run": str(run.path), "data": job.data.prepared.as_dict()} | job.plan.as_dict()
 
 
 # -- the run folder ----------------------------------------------------------------------------------------
@@ -149,6 +203,8 @@ def move_aside(run: RunFolder) -> None:
 def write_inputs(job: Job, recipe_path: Path) -> None:
     """The files that describe the run. The lock is last: with it the run has begun."""
     run = job.run
+    if job.start.fresh:
+        move_aside(run)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint.clear_leftovers(run)
     write_text(run.recipe, recipe_path.read_text(encoding="utf-8"))
@@ -158,6 +214,7 @@ def write_inputs(job: Job, recipe_path: Path) -> None:
     if not run.lock.is_file():
         with new_folder(run.path / "tokenizer") as folder:
             save_tokenizer(job.tokenizer, folder)
+        assert job.plan is not None
         write_json(run.plan, job.plan.as_dict())
         write_json(run.lock, make_lock(job.files, data_hashes(job.recipe)) | {"tokens": _token_facts(job)})
 
@@ -169,8 +226,11 @@ def _token_facts(job: Job) -> dict[str, Any]:
     return token_facts(saved, getattr(job.model, "generation_config", None))
 
 
-def resolve_recipe(recipe: Recipe, run: RunFolder, ranks: Ranks) -> tuple[Recipe, ModelFiles]:
-    """The recipe without "auto" and the model's files; the values of an unfinished run are kept.
+def resolve_recipe(
+    recipe: Recipe, run: RunFolder, ranks: Ranks, earlier: Recipe | None
+) -> tuple[Recipe, Recipe, ModelFiles, Any]:
+    """The recipe with its method and micro-batch chosen, the recipe without any "auto", the model's files and
+    its configuration; the values of an unfinished run are kept.
 
     Raises UserError with every difference when the run was begun with another recipe.
     """
@@ -178,12 +238,13 @@ def resolve_recipe(recipe: Recipe, run: RunFolder, ranks: Ranks) -> tuple[Recipe
     files = resolve_model(
         model.path, revision=model.revision, endpoints=model.endpoint, offline=model.offline
     )
-    limit = context_length(load_config(files.folder, trust_remote_code=model.trust_remote_code))
-    earlier = earlier_recipe(run)
+    config = load_config(files.folder, trust_remote_code=model.trust_remote_code)
     if recipe.parallel.engine == "auto" and ranks.size > 1:
         parallel = recipe.parallel.model_copy(update={"engine": "ddp"})
         recipe = recipe.model_copy(update={"parallel": parallel})
-    resolved = resolve(recipe, facts_for(recipe, limit, earlier, ranks.local_size))
+    if has_auto(recipe):
+        recipe = kept(recipe, earlier) if earlier is not None else chosen(recipe, files, config, ranks)
+    resolved = resolve(recipe, facts_for(recipe, context_length(config), earlier, ranks.local_size))
     if resolved.hardware.processes != ranks.local_size:
         raise UserError(
             f"hardware.processes: {resolved.hardware.processes}, but {ranks.local_size} were started here",
@@ -192,7 +253,18 @@ def resolve_recipe(recipe: Recipe, run: RunFolder, ranks: Ranks) -> tuple[Recipe
     check_engine(resolved, ranks)
     if earlier is not None:
         check_same_recipe(run, earlier, resolved)
-    return resolved, files
+    return recipe, resolved, files, config
+
+
+def chosen(recipe: Recipe, files: ModelFiles, config: Any, ranks: Ranks) -> Recipe:
+    """The recipe with the method and the micro-batch that fit this machine, in place of "auto"."""
+    device: Any = pick_device(recipe.hardware.device).type
+    machine = this_machine(device, processes=ranks.local_size)
+    model = PlannedModel(name=files.name, config=config, tokenizer=files.tokenizer)
+    choice = settled(recipe, model, machine)
+    for reason in choice.reasons:
+        say(reason)
+    return choice.recipe
 
 
 def resume_command(recipe_path: Path, overrides: list[str]) -> str:

@@ -247,6 +247,7 @@ class CompatSteps:
     def iterations(self) -> Iterations:
         assert self.recipe.compat is not None
         train, compat = self.recipe.train, self.recipe.compat
+        assert train.micro_batch_size != "auto"
         return Iterations(
             count=len(self.packs),
             epochs=int(train.epochs),

@@ -11,7 +11,7 @@ import torch
 
 from tunesmith.core.errors import Interrupted
 from tunesmith.core.events import EventLog
-from tunesmith.core.paths import write_text
+from tunesmith.core.paths import write_json, write_text
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder, manifest_fault
 from tunesmith.core.units import duration_text
@@ -28,8 +28,11 @@ from tunesmith.train.metrics import final_events, peak_gib
 from tunesmith.train.ranks import Ranks
 from tunesmith.train.report import report
 from tunesmith.train.watch import Watch
-from tunesmith.workflows.plan import RunPlan, plan_run
-from tunesmith.workflows.resume import check_same_inputs
+from tunesmith.workflows.plan import RunPlan, make_plan, refuse
+from tunesmith.workflows.plan_machine import this_machine
+from tunesmith.workflows.plan_model import PlannedModel
+from tunesmith.workflows.plan_subject import Subject
+from tunesmith.workflows.plan_view import short_lines
 from tunesmith.workflows.run_data import RunData
 from tunesmith.workflows.train_data import open_data
 from tunesmith.workflows.train_model import make_model
@@ -61,20 +64,33 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run stands, as rank 0 found it. recipe: resolved but for what depends on the steps;
-    checkpoint: to go on from; resumed: the run had begun; finished: its result; notes: warnings."""
+    """Where a run stands, as rank 0 found it. recipe: resolved but for what depends on the steps; written: as
+    the user has it; config: of the model; checkpoint: to go on from; resumed: the run had begun; fresh: one
+    that has is moved aside; finished: its result; notes: warnings."""
 
     recipe: Recipe
+    written: Recipe
     files: ModelFiles
+    config: Any
     checkpoint: Path | None
     resumed: bool
+    fresh: bool = False
     finished: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run learns from. recipe: resolved, its steps too."""
+
+    recipe: Recipe
+    tokenizer: Any
+    data: RunData
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run that is ready to train: everything loaded, planned and checked."""
+    """A run that is ready to train: everything loaded and checked. plan: of rank 0."""
 
     recipe: Recipe
     run: RunFolder
@@ -82,7 +98,7 @@ class Job:
     tokenizer: Any
     data: RunData
     model: Any
-    plan: RunPlan
+    plan: RunPlan | None
     start: Start
     resume_command: str
     ranks: Ranks
@@ -95,41 +111,60 @@ class Job:
 # -- getting ready ------------------------------------------------------------------------------------------
 
 
-def open_job(start: Start, run: RunFolder, command: str, ranks: Ranks) -> Job:
-    """Load data, tokenizer and model, and plan the run."""
-    recipe, files = start.recipe, start.files
+def open_inputs(start: Start) -> Inputs:
+    """The tokenizer and the rows of a run. Raises UserError for whatever is wrong with them."""
+    recipe = start.recipe
     _prepare_torch(recipe)
     template = Path(recipe.model.chat_template) if recipe.model.chat_template else None
-    trust = recipe.model.trust_remote_code
     tokenizer = load_tokenizer(
-        files.tokenizer,
+        start.files.tokenizer,
         chat_template=template,
-        trust_remote_code=trust,
+        trust_remote_code=recipe.model.trust_remote_code,
         new_tokens=recipe.model.new_tokens,
     )
     data = open_data(recipe, tokenizer)
-    recipe = resolve_steps(recipe, data.steps.total_steps)
-    if ranks.first and start.resumed:
-        check_same_inputs(run, files, recipe)
-    model = make_model(_loaded_on(recipe), files, tokenizer, start.checkpoint)
+    return Inputs(recipe=resolve_steps(recipe, data.steps.total_steps), tokenizer=tokenizer, data=data)
+
+
+def plan_job(start: Start, inputs: Inputs, run: RunFolder) -> RunPlan:
+    """The plan of a run on this machine, before its model is loaded. Raises PlanRefused, and leaves nothing
+    but the plan."""
+    recipe, resumed = inputs.recipe, start.resumed and not start.fresh
+    count = recipe.hardware.processes
+    assert count != "auto" and recipe.hardware.device != "auto"
+    plan = make_plan(
+        Subject(
+            recipe=recipe,
+            written=start.written,
+            run=run.path,
+            model=PlannedModel(name=start.files.name, config=start.config, tokenizer=start.files.tokenizer),
+            machine=this_machine(recipe.hardware.device, processes=count),
+            data=inputs.data,
+            tokenizer=inputs.tokenizer,
+            gpus=count,
+            present_bytes=checkpoint.folder_bytes(run.checkpoints) if resumed else 0,
+        )
+    )
+    if not plan.works and not run.lock.is_file():
+        write_json(run.plan, plan.as_dict())
+    refuse(plan)
+    return plan
+
+
+def open_job(
+    start: Start, run: RunFolder, command: str, ranks: Ranks, inputs: Inputs, plan: RunPlan | None
+) -> Job:
+    """Load the model of a run that is planned."""
+    recipe, files = inputs.recipe, start.files
+    model = make_model(_loaded_on(recipe), files, inputs.tokenizer, start.checkpoint)
     if start.checkpoint is not None and recipe.parallel.engine in SHARDED:
         states.read_adapter(start.checkpoint, model)  # while it is whole; other engines read it themselves
-    totals = data.steps.totals()
-    plan = plan_run(
-        recipe,
-        model,
-        steps=data.steps.total_steps,
-        tokens=totals.tokens,
-        supervised=totals.supervised,
-        run=run.path,
-        present_bytes=checkpoint.folder_bytes(run.checkpoints),
-    )
     job = Job(
         recipe=recipe,
         run=run,
         files=files,
-        tokenizer=tokenizer,
-        data=data,
+        tokenizer=inputs.tokenizer,
+        data=inputs.data,
         model=model,
         plan=plan,
         start=start,
@@ -158,10 +193,16 @@ def _prepare_torch(recipe: Recipe) -> None:
 def _tell(job: Job) -> None:
     for counts in job.data.prepared.counts:
         say(f"{counts.file}: {counts.format}, {counts.kept:,} of {counts.rows:,} rows kept")
+    told = set(job.warnings)
     for warning in job.warnings:
         say(f"warning: {warning}")
-    say(f"plan: {job.plan.work.text()}")
-    say(f"disk: {job.plan.disk.text()}")
+    if job.plan is None:
+        return
+    for found in job.plan.warnings:
+        if found.what not in told:
+            say(f"warning: {found.what}; {found.remedy}")
+    for line in short_lines(job.plan):
+        say(line)
 
 
 # -- training ----------------------------------------------------------------------------------------------
@@ -192,6 +233,7 @@ def _finish(job: Job, trainer: Trainer, events: EventLog, state: checkpoint.Stat
     # A kill between the last save and the removal of an older one leaves that, and no other save comes.
     checkpoint.prune(job.run, job.recipe.train.keep_checkpoints)
     result = _result(job, state, peak_gib(trainer.device))
+    assert job.plan is not None
     write_text(job.run.report, report(job.run.path.name, job.run.events, job.plan.as_dict(), result))
     events.write("end", status="finished", step=state.step, **result)
     return result
@@ -222,7 +264,9 @@ def _begin(job: Job, trainer: Trainer, events: EventLog) -> None:
         "start", run=str(job.run.path), total_steps=steps, processes=job.ranks.size, versions=versions()
     )
     events.write("data", **job.data.prepared.as_dict())
-    events.write("plan", **job.plan.as_dict())
+    if job.plan is not None:
+        known = {"run", "data", "samples"}  # of the other events
+        events.write("plan", **{key: value for key, value in job.plan.as_dict().items() if key not in known})
     for warning in job.warnings:
         events.write("warning", what=warning)
     for folder in sorted(job.run.checkpoints.glob("step-*")):

@@ -30,20 +30,26 @@ def make_model(recipe: Recipe, files: ModelFiles, tokenizer: Any, found: Path | 
     the model cannot have; MissingExtra.
     """
     assert recipe.data.max_length != "auto" and recipe.train.precision != "auto"
-    method = recipe.method
-    if method.type == "full":
+    if recipe.method.type == "full":
         model = _whole(recipe, files, tokenizer, found)
-        freeze(model, method.freeze)
     else:
         model = _adapted(recipe, files, tokenizer)
+    finish(model, recipe)
+    _align(model)
+    return model
+
+
+def finish(model: Any, recipe: Recipe) -> None:
+    """Freeze, cast and checkpoint a model, adapters attached, as the resolved recipe says."""
+    method, checkpointing = recipe.method, recipe.train.gradient_checkpointing
+    if method.type == "full":
+        freeze(model, method.freeze)
     if method.neftune_alpha:
         EmbeddingNoise(method.neftune_alpha).install(model)
+    assert recipe.train.precision != "auto"
     cast_trained(model, recipe.train.precision)
-    _align(model)
-    checkpointing = recipe.train.gradient_checkpointing
     assert checkpointing != "auto" and not isinstance(checkpointing, bool)
     checkpoint_layers(model, checkpointing)
-    return model
 
 
 def _whole(recipe: Recipe, files: ModelFiles, tokenizer: Any, found: Path | None) -> Any:
@@ -63,7 +69,7 @@ def _whole(recipe: Recipe, files: ModelFiles, tokenizer: Any, found: Path | None
 def _adapted(recipe: Recipe, files: ModelFiles, tokenizer: Any) -> Any:
     """The base, in four bits for qlora, with fresh adapters."""
     method = recipe.method
-    assert method.alpha != "auto" and recipe.train.precision != "auto"
+    assert recipe.train.precision != "auto"
     quantised = method.type == "qlora"
     model, ids = _base(recipe, files, tokenizer, device="cpu" if quantised else recipe.hardware.device)
     if quantised:
@@ -74,6 +80,13 @@ def _adapted(recipe: Recipe, files: ModelFiles, tokenizer: Any) -> Any:
             double_quant=method.double_quant,
             keep=method.modules_to_save,
         )
+    return adapted(model, recipe, ids)
+
+
+def adapted(model: Any, recipe: Recipe, new_token_ids: list[int]) -> Any:
+    """`model` with the recipe's fresh adapters."""
+    method = recipe.method
+    assert method.alpha != "auto"
     return attach_lora(
         model,
         rank=method.rank,
@@ -83,7 +96,7 @@ def _adapted(recipe: Recipe, files: ModelFiles, tokenizer: Any) -> Any:
         rslora=method.rslora,
         dora=method.dora,
         modules_to_save=method.modules_to_save,
-        new_token_ids=ids,
+        new_token_ids=new_token_ids,
         seed=recipe.train.seed,
     )
 

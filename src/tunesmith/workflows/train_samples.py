@@ -19,7 +19,7 @@ def make_sampler(recipe: Recipe, tokenizer: Any, model: Any) -> Callable[[Any], 
     settings = recipe.samples
     if not settings.prompts:
         return None
-    prompts = [_prompt_ids(tokenizer, recipe.data.system, text) for text in settings.prompts]
+    prompts = [prompt_ids(tokenizer, recipe.data.system, text) for text in settings.prompts]
     params = SamplingParams(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -43,7 +43,8 @@ def make_sampler(recipe: Recipe, tokenizer: Any, model: Any) -> Callable[[Any], 
     return sample
 
 
-def _prompt_ids(tokenizer: Any, system: str | None, text: str) -> list[int]:
+def prompt_ids(tokenizer: Any, system: str | None, text: str) -> list[int]:
+    """The tokens of a sample prompt, up to where its answer begins."""
     if not tokenizer.chat_template:
         return list(tokenizer(text).input_ids)
     head = [{"role": "system", "content": system}] if system else []

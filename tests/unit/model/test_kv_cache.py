@@ -13,7 +13,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.tiny_models import make
 from tunesmith.core.errors import UserError
 from tunesmith.model import cpu_kernels, kv_cache
-from tunesmith.model.kv_cache import CacheLayout, Chunk, KVCache, default_cache_tokens, weight_bytes
+from tunesmith.model.kv_cache import (
+    CacheLayout,
+    Chunk,
+    KVCache,
+    cache_room,
+    default_cache_tokens,
+    weight_bytes,
+)
 from tunesmith.model.pages import PAGE, pages_for
 from tunesmith.model.served_weights import pack_weights
 
@@ -140,6 +147,16 @@ def test_the_default_size_is_what_is_wanted_within_the_room_there_is(monkeypatch
     assert default_cache_tokens(model, torch.float32, 10**9, 10) == weight_bytes(model) // 512
     monkeypatch.setattr(kv_cache, "SHARE_OF_CPU", 0.0)
     assert default_cache_tokens(model, torch.float32, 10**9, 10) == 10
+
+
+def test_the_room_of_the_cache() -> None:
+    """A GPU's is 80% of what is free; a CPU's the weights' size, from 512 MiB to a quarter of what is free."""
+    gib = 1 << 30
+    assert cache_room("cuda", 5 * gib, 10 * gib) == 8 * gib
+    assert cache_room("cpu", 5 * gib, 40 * gib) == 5 * gib
+    assert cache_room("cpu", 5 * gib, 10 * gib) == 5 * gib // 2
+    assert cache_room("cpu", 1, 40 * gib) == gib // 2
+    assert cache_room("cpu", 1, gib) == gib // 4
 
 
 def test_the_weights_of_packed_layers_count() -> None:

@@ -77,3 +77,16 @@ def test_the_precision_of_the_endpoint_follows_its_weights() -> None:
         after = resolve(recipe(serve={"weights": weights}), FACTS)
         assert after.serve.precision == precision
         assert check(after.model_dump(), "resolved.yaml") == after
+
+
+def test_what_a_plan_chooses_is_auto_in_a_recipe_alone() -> None:
+    given = recipe(method={"type": "auto"}, train={"micro_batch_size": "auto"})
+    assert (given.method.type, given.train.micro_batch_size) == ("auto", "auto")
+    with pytest.raises(UserError, match=r"micro_batch_size: 'some' is not a whole number"):
+        recipe(train={"micro_batch_size": "some"})
+    with pytest.raises(UserError, match=r"micro_batch_size: 0 is less than 1"):
+        recipe(train={"micro_batch_size": 0})
+    with pytest.raises(
+        UserError, match=r"method\.type: 'galore' is not one of 'full', 'lora', 'qlora' or 'auto'"
+    ):
+        recipe(method={"type": "galore"})

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.make_run import make_run
 from tunesmith.core.errors import UserError
+from tunesmith.core.gpu import Gpu
 from tunesmith.core.run_folder import RunFolder
+from tunesmith.core.units import GIB
+from tunesmith.model.weights import tensor_shapes
 from tunesmith.serve.llamacpp_engine import LlamaCppDriver
 from tunesmith.serve.vllm_engine import VllmDriver
+from tunesmith.workflows import open_program as open_program_module
 from tunesmith.workflows.engine_wants import EngineWants
 from tunesmith.workflows.open_engine import open_engine
 from tunesmith.workflows.open_program import open_program
@@ -51,6 +57,37 @@ def test_vllm_gets_the_base_and_the_adapter_beside_it(run: RunFolder, tiny: Path
     models = served_models(Facts.of(plain))
     assert list(models) == ["orders", "tiny-llama"]
     assert (models["orders"].max_length, models["orders"].stop_ids) == (300, (2,))
+
+
+def test_vllm_gets_the_share_of_a_card_that_the_plan_works_out(
+    run: RunFolder, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a card of 2 GiB, without CUDA graphs: weights, 8 slots for adapters, cache, dry run, rotary table, and
+    0.25 GiB beside torch with a margin of 0.12."""
+    gpu = Gpu(name="a card", memory_bytes=2 * GIB, memory_gb_s=0.0, multiprocessors=20, capability=(8, 9))
+    monkeypatch.setattr(open_program_module, "first_gpu", lambda: gpu)
+    monkeypatch.setattr(open_program_module, "gpu_memory", lambda: (2 * GIB, 2 * GIB))
+    numbers = sum(math.prod(shape) for shape in tensor_shapes(tiny / "model.safetensors").values())
+    ranks = 2 * 8 * (3 * 128 + 96 + 96 + 3 * 192 - 128)  # two layers: q, o; k, v; gate, up, down
+
+    def share(args: str, **more: Any) -> float:
+        monkeypatch.setenv("TUNESMITH_VLLM_ARGS", f"--enforce-eager --max-num-batched-tokens 512 {args}")
+        engine, _ = open_program("vllm", EngineWants(path=str(run.path), max_concurrent=4, **more))
+        driver = engine._driver
+        assert isinstance(driver, VllmDriver)
+        line = driver.command(8000, "key").args
+        return float(line[line.index("--gpu-memory-utilization") + 1]) * 2 * GIB
+
+    def needed(each: int, token: int) -> float:
+        logits = 4 * 49152 * (14 + 4 - (2 if each == 4 else 0))
+        states = (512 + 2 * 4) * 64 * each
+        fixed = 0.37 * GIB + 8192 * 1024 + (1 << 17) + 1024 * 16 * each
+        return fixed + logits + states + (numbers + 8 * ranks) * each + 4 * 1024 * token
+
+    least = 2 * GIB / 10_000  # what is rounded down
+    assert share("") == pytest.approx(needed(2, 256) - least / 2, abs=least)
+    assert share("", precision="fp32") == pytest.approx(needed(4, 512) - least / 2, abs=least)
+    assert share("--kv-cache-dtype fp8") == pytest.approx(needed(2, 128) - least / 2, abs=least)
 
 
 def test_llamacpp_gets_the_exported_file_of_the_run(run: RunFolder) -> None:

@@ -1,0 +1,64 @@
+"""Peaks of Hugging Face trainings on one GPU, as rows tell them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from tunesmith.core.errors import UserError
+from tunesmith.core.units import GIB
+from tunesmith.plan.allocator import simulate
+from tunesmith.plan.cards import Card, card_named
+from tunesmith.plan.facts_types import Prediction, Row, Skipped
+from tunesmith.plan.memory import Peaks, trace_step
+from tunesmith.plan.stack import Stack, Unknown, parse_stack
+from tunesmith.plan.stock_model import check_count
+from tunesmith.plan.stock_step import StockStep
+from tunesmith.plan.timeline import cuda_blocks
+
+
+def predict_stock(row: Row) -> Prediction | Skipped | None:
+    """The peak of a Hugging Face Trainer, TRL or PEFT row of one GPU; None for rows that are no training.
+
+    Answers `Skipped` with what is not told, or not traced.
+    """
+    if row.get("kind") != "train":
+        return None
+    try:
+        stack = parse_stack(row)
+        check_count(stack.shape)
+        return _prediction(row, stack)
+    except Unknown as unknown:
+        return Skipped(str(unknown))
+
+
+def _prediction(row: Row, stack: Stack) -> Prediction:
+    peaks = stock_peaks(stack, exact=stack.metric != "allocated")
+    num_bytes = peaks.peak.num_bytes
+    if stack.metric != "allocated":
+        assert peaks.exact
+        num_bytes = simulate(peaks.timeline.events(cuda_blocks)).reserved_bytes
+    if stack.metric == "process":
+        num_bytes += int(_card(row).context_mib * 1024**2)
+    return Prediction(num_bytes / GIB, _detail(peaks))
+
+
+def _card(row: Row) -> Card:
+    try:
+        return card_named(str(row.get("gpu") or ""))
+    except UserError as error:
+        raise Unknown(f"the GPU is not known, and with it its context: {error.what}") from error
+
+
+def _detail(peaks: Peaks) -> dict[str, Any]:
+    return {
+        "binding": peaks.peak.phase,
+        "phases_gib": {m.phase: round(m.num_bytes / GIB, 3) for m in peaks.by_phase},
+        "parts_gib": {name: round(size / GIB, 3) for name, size in peaks.peak.parts.items()},
+    }
+
+
+@lru_cache(maxsize=256)
+def stock_peaks(stack: Stack, *, exact: bool) -> Peaks:
+    """The fullest moments of the stack's step."""
+    return trace_step(lambda layers: StockStep(stack, layers), stack.shape.layers, exact=exact, device="cuda")
