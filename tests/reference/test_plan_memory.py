@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.reference.conftest import make_documents, make_model, one_batch, resolved_recipe, trainer_in
 from tunesmith.model import attention
 from tunesmith.model.batch import Batch
+from tunesmith.model.hardware import afresh
 from tunesmith.model.live_tensors import LiveTensors
 from tunesmith.model.quant import quantize
 from tunesmith.recipe.schema import Recipe
@@ -80,7 +81,7 @@ def followed(recipe: Recipe, config: Any, batch: Batch) -> int:
     """Peak of live tensor bytes of two real optimizer steps."""
     model = real_model(recipe, config)
     speed_up(model, recipe.train)
-    with LiveTensors() as live:
+    with afresh(), LiveTensors() as live:
         for tensor in [*model.state_dict(keep_vars=True).values(), *model.buffers()]:
             if isinstance(tensor, torch.Tensor):
                 live.track(tensor, "held")

@@ -55,10 +55,15 @@ def plan(
     facts: Path | None = typer.Option(
         None, metavar="FILE", help="Predict published peaks (JSON lines) and set both side by side."
     ),
+    markdown: Path | None = typer.Option(
+        None, metavar="FILE", help="With --facts: also write the table of every row there."
+    ),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Predict a training: tokens, steps, memory, time, disk, without a weight. Exit code 3: cannot work."""
     _check(recipe, table=table, card_table=card_table, facts=facts)
+    if markdown is not None and facts is None:
+        raise UserError(f"tunesmith plan: --markdown {markdown} without --facts", hint="leave it out")
     with first_load("torch"):
         from tunesmith.workflows.import_xtuner import recipe_for
         from tunesmith.workflows.plan_recipe import PlanOptions, find_case, plan_recipe
@@ -66,7 +71,7 @@ def plan(
         from tunesmith.workflows.plan_tables import method_table
 
     if facts is not None:
-        _print_facts(facts, json)
+        _print_facts(facts, markdown, json)
     elif card_table:
         _print_table(make_card_table(), json)
     else:
@@ -104,11 +109,11 @@ def _print_table(found: Any, as_json: bool) -> None:
         typer.echo(line)
 
 
-def _print_facts(path: Path, as_json: bool) -> None:
+def _print_facts(path: Path, markdown: Path | None, as_json: bool) -> None:
     from tunesmith.core.progress import say
     from tunesmith.workflows.plan_facts import plan_facts
 
-    found = plan_facts(path, progress=say)
+    found = plan_facts(path, table=markdown, progress=say)
     if as_json:
         print_json(found)
         return

@@ -33,15 +33,25 @@ def computes_on(device: torch.device) -> str:
 @contextmanager
 def pretending(kind: Literal["cpu", "cuda"]) -> Iterator[None]:
     """Within it, code that chooses by device takes the way of `kind`: for steps that are traced, not run."""
-    tokens = _pretended.set(kind), _made.set({})
+    token = _pretended.set(kind)
     try:
-        yield
+        with afresh():
+            yield
     finally:
-        _pretended.reset(tokens[0])
-        _made.reset(tokens[1])
+        _pretended.reset(token)
 
 
 _made: ContextVar[dict[Any, Any] | None] = ContextVar("_made", default=None)
+
+
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Within it, what `made_once` has made outside is not known, nor outside what it makes here."""
+    token = _made.set({})
+    try:
+        yield
+    finally:
+        _made.reset(token)
 
 
 def made_once(make: Callable[P, T]) -> Callable[P, T]:

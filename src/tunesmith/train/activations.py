@@ -71,12 +71,17 @@ class OffloadedActivations:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> tuple[torch.device, Tensor] | Tensor:
-        if tensor.nbytes < MIN_OFFLOAD_BYTES or tensor.untyped_storage().data_ptr() in self.weights:
+        if tensor.nbytes < MIN_OFFLOAD_BYTES or self._is_weight(tensor):
             return tensor
         on_gpu = tensor.is_cuda
         host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=on_gpu)
         # Both copies run on the stream that computes, which so never overtakes them.
         return tensor.device, host.copy_(tensor, non_blocking=on_gpu)
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        """Also of one that is gathered anew for every pass, wherever it lies then."""
+        whole = tensor if tensor._base is None else tensor._base
+        return isinstance(whole, nn.Parameter) or tensor.untyped_storage().data_ptr() in self.weights
 
 
 def _unpack(packed: tuple[torch.device, Tensor] | Tensor) -> Tensor:

@@ -151,10 +151,17 @@ def remedy_text(remedy: Remedy | None) -> str:
     if remedy is None or remedy.fix is None:
         least = remedy.least if remedy is not None else None
         told = "" if least is None else f" (the least: {least.text()})"
-        return f"no change of the recipe makes it fit{told}: take a smaller model or a larger machine"
+        return f"no change of the recipe makes it fit{told}: {_elsewhere(remedy)}"
     fix = remedy.fix
     arguments = shlex.join(part for text in fix.set_arguments for part in ("--set", text))
     return f"this fits ({fix.text()}):\n{fix.diff()}\nor: {arguments}"
+
+
+def _elsewhere(remedy: Remedy | None) -> str:
+    card, model = (remedy.card, remedy.model) if remedy is not None else (None, None)
+    found = [f"with it the smallest card is {card}"] if card else []
+    found += [f"the largest known model that fits here is {model}"] if model else []
+    return "; ".join(found) or "take a smaller model or a larger machine"
 
 
 def case_of(subject: Subject, new_ids: tuple[int, ...] = ()) -> Case:
