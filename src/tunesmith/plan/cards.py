@@ -9,10 +9,13 @@ rtx3060, rtx3080, rtx3090ti, rtx4060ti, rtx4070, rtx4070tis, rtx4080s, rtx4090d,
 a16, l20, and rtxpro6000 in int8.
 
 What the driver leaves of the memory is the `total capacity` of torch's out-of-memory messages in public issue
-threads, the lowest seen. A letter in its place is a rule: g, GDDR: 0.55 GiB less than nominal; e, GDDR with
-error correction on: a sixteenth and 0.55 GiB less; h, HBM: 2% less. No sheet tells what a CUDA context takes:
-140.9 MiB on a T4 (measured), else 64 MiB and 3.5 MiB for each multiprocessor, which is 351 MiB on an RTX
-3090, where 256 to 291 MiB have been seen before any kernel was loaded.
+threads, the lowest seen; of a10, a10g, a40, a6000, l40s, a100-40, v100, h100-pcie, h200, b200 and rtxpro6000
+it is from memory and not looked up again.
+
+A letter in its place is a rule: g, GDDR: 0.55 GiB less than nominal; e, GDDR with error correction on: a
+sixteenth and 0.55 GiB less; h, HBM: 2% less. No sheet tells what a CUDA context takes: 140.9 MiB on a T4
+(measured), else 64 MiB and 3.5 MiB for each multiprocessor, which is 351 MiB on an RTX 3090, where 256 to 291
+MiB have been seen before any kernel was loaded.
 
 PCIe (nominal: 31.5 GB/s for 4.0 x16) and NVLink are in one direction, where sheets add both up. A GH200's way
 to its processor is a link of 450 GB/s. NVLink of cards in PCIe slots needs a bridge, and joins two of them.
