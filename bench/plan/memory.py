@@ -16,38 +16,14 @@ import subprocess
 import sys
 from typing import Any
 
-from transformers import AutoConfig
-
 from tunesmith.model.batch import Batch
+from tunesmith.plan.sizes import config_of
 from tunesmith.recipe.resolve import Facts, resolve
 from tunesmith.recipe.schema import Recipe
 from tunesmith.workflows.plan_memory import full_batch
 
 GIB = 1024**3
-MODELS: dict[str, dict[str, Any]] = {
-    "smol": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "qwen": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-}
+MODELS = {"smol": "smollm2-135m", "qwen": "qwen1.5-0.5b"}
 FULL, LORA, QLORA = ({"type": kind} for kind in ("full", "lora", "qlora"))
 CHECKPOINTED = {"gradient_checkpointing": "full"}
 BF16, PURE = {"precision": "bf16"}, {"precision": "bf16-pure"}
@@ -98,7 +74,7 @@ def recipe_of(name: str) -> tuple[Recipe, Any, Batch]:
         }
     )
     facts = Facts(context_length=8192, device="cpu", threads=1, precision="fp32", serve_precision="fp32")
-    config = AutoConfig.for_model(**MODELS[model])
+    config = config_of(MODELS[model])
     return resolve(recipe, facts), config, full_batch(tokens, documents, supervised=0.8)
 
 

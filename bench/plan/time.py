@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from tunesmith.core.errors import UserError
 from tunesmith.model import attention
@@ -36,6 +36,7 @@ from tunesmith.plan.card_rates import Rates, card_rates
 from tunesmith.plan.cards import card_named
 from tunesmith.plan.memory import FEW
 from tunesmith.plan.operations import Calls
+from tunesmith.plan.sizes import config_of
 from tunesmith.plan.stack import Stack, Unknown, parse_stack
 from tunesmith.plan.stock_step import StockStep
 from tunesmith.plan.trace import Trace
@@ -57,26 +58,7 @@ from tunesmith.workflows.train_model import adapted, finish
 # A run so long that the probe may take all the time that it ever takes.
 PLANNED_STEPS = 1000
 
-SMOLLM2_135M = LlamaConfig(
-    hidden_size=576,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    intermediate_size=1536,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
-QWEN15_05B = Qwen2Config(
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    intermediate_size=2816,
-    vocab_size=151936,
-    max_position_embeddings=32768,
-    tie_word_embeddings=True,
-)
+SMOLLM2_135M, QWEN15_05B = config_of("smollm2-135m"), config_of("qwen1.5-0.5b")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.unit.plan.hearing import Hearing
 from tunesmith.model import attention
 from tunesmith.model.batch import IGNORE, Batch, join
 from tunesmith.plan.cards import card_named
@@ -91,19 +91,6 @@ def engine_of(given: Recipe) -> SingleEngine:
     speed_up(model, given.train)
     model.train()
     return SingleEngine(model, Supervised(), given)
-
-
-class Hearing(TorchDispatchMode):
-    phase = "forward"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = Calls(self)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls(func, args, kwargs or {}, out)
-        return out
 
 
 @pytest.mark.parametrize(("method", "checkpointing"), [("full", "none"), ("lora", "full")])

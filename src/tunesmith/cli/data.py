@@ -59,12 +59,17 @@ def show(
         return
     console = Console(highlight=False, soft_wrap=True)
     for row in rows:
-        head = f"{row.file}: {row.row} ({row.format}): {row.tokens} tokens, {row.supervised_tokens} learned"
-        console.print(Text(f"--- {head}; {row.fate}", style="bold"))
-        for part, spans in groupby(row.spans, key=lambda span: span.part):
-            if part:
-                console.print(Text(f"{part}:", style="bold"))
-            console.print(marked([(s.text, s.supervised) for s in spans], colour=console.is_terminal))
+        print_row(console, row, f"; {row.fate}")
+
+
+def print_row(console: Console, row: Any, note: str = "") -> None:
+    """A row (`workflows.data.ShownRow`) as the model will see it, below a line on its origin."""
+    head = f"{row.file}: {row.row} ({row.format}): {row.tokens} tokens, {row.supervised_tokens} learned"
+    console.print(Text(f"--- {head}{note}", style="bold"))
+    for part, spans in groupby(row.spans, key=lambda span: span.part):
+        if part:
+            console.print(Text(f"{part}:", style="bold"))
+        console.print(marked([(s.text, s.supervised) for s in spans], colour=console.is_terminal))
 
 
 def marked(spans: list[tuple[str, bool]], *, colour: bool) -> Text:

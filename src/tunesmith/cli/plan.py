@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from tunesmith.cli.data import marked
+from tunesmith.cli.data import print_row
 from tunesmith.cli.main import print_json
 from tunesmith.core.errors import UserError
 from tunesmith.core.loading import first_load
@@ -137,12 +135,7 @@ def _show(samples: list[Any], lines: list[str]) -> None:
     """The samples, what is learned marked, then the plan."""
     console = Console(highlight=False, soft_wrap=True)
     for row in samples:
-        head = f"{row.file}: {row.row} ({row.format}): {row.tokens} tokens, {row.supervised_tokens} learned"
-        console.print(Text(f"--- {head}", style="bold"))
-        for part, spans in groupby(row.spans, key=lambda span: span.part):
-            if part:
-                console.print(Text(f"{part}:", style="bold"))
-            console.print(marked([(s.text, s.supervised) for s in spans], colour=console.is_terminal))
+        print_row(console, row)
     if samples:
         console.print()
     for line in lines:

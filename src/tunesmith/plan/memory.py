@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tunesmith.plan.allocator import round_block
 from tunesmith.plan.host_memory import pinned_block
 from tunesmith.plan.timeline import (
     CATEGORIES,
@@ -17,7 +18,6 @@ from tunesmith.plan.timeline import (
     Place,
     Rounding,
     Timeline,
-    cuda_blocks,
     exactly,
 )
 from tunesmith.plan.trace import Trace
@@ -93,7 +93,7 @@ def trace_step(
     one layer, and memory is linear in the number of equal layers wherever the step is. Raises whatever the
     step raises on fake tensors.
     """
-    rounding = cuda_blocks if device == "cuda" else exactly
+    rounding = round_block if device == "cuda" else exactly
     if exact or layers <= max(few):
         return _traced(make(layers), rounding)
     least, more = (_traced(make(number), rounding) for number in few)

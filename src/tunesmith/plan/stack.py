@@ -107,7 +107,7 @@ class Stack:
 
 def parse_stack(row: Row) -> Stack:
     """The stack of a Hugging Face Trainer, TRL or PEFT row. Raises Unknown."""
-    notes, precision = _low(row, "notes"), _low(row, "precision")
+    notes, precision = low(row, "notes"), low(row, "precision")
     shape, method = parse_shape(row), _method(row)
     quantised = _base(row, method)
     transformers, torch = version("transformers", notes), version("torch", notes)
@@ -128,21 +128,21 @@ def parse_stack(row: Row) -> Stack:
         double_quant=_double_quant(row),
         upcast=_upcast(f"{notes} {precision}", quantised),
         optimizer=_optimizer(row),
-        state_bits=8 if re.search(r"8.?bit", _low(row, "optimizer")) else 32,
-        paged="paged" in _low(row, "optimizer"),
+        state_bits=8 if re.search(r"8.?bit", low(row, "optimizer")) else 32,
+        paged="paged" in low(row, "optimizer"),
         denominator_copy=torch is not None and torch < (2, 1),
         batch=_count(row, "micro_batch"),
         length=_count(row, "seq_len"),
         accumulation=_count(row, "grad_accum", 1),
         checkpointing=_checkpointing(row),
         loss=loss,
-        **_by_version(transformers or OLD, shape, sdpa="sdpa" in _low(row, "attention")),
+        **_by_version(transformers or OLD, shape, sdpa="sdpa" in low(row, "attention")),
         counts_hits=(version("trl", notes) or OLD_TRL) >= (0, 16),
         fp32_outputs=autocast is not None,
         fused_kernels="foak" in notes or "fused rms" in notes,
         fused_lora="foak" in notes and quantised != "plain",
         attention=_attention(row),
-        workspace_bytes=workspace_bytes(_low(row, "gpu")),
+        workspace_bytes=workspace_bytes(low(row, "gpu")),
         metric=_metric(row),
     )
 
@@ -192,7 +192,8 @@ def workspace_bytes(gpu: str) -> int:
     return 2 * (2 * 4096 + 8 * 16) * 1024
 
 
-def _low(row: Row, name: str) -> str:
+def low(row: Row, name: str) -> str:
+    """A text of the row in lower case; empty where there is none."""
     return str(row.get(name) or "").lower()
 
 
@@ -213,32 +214,32 @@ def _refuse(row: Row) -> None:
     """What would change the peak and is not traced."""
     if _count(row, "num_gpus", 1) != 1:
         raise Unknown(f"{row['num_gpus']} GPUs are not one GPU's stack")
-    if _low(row, "offload") not in ("", "none"):
+    if low(row, "offload") not in ("", "none"):
         raise Unknown(f"offload {row['offload']!r} is not traced for foreign stacks")
-    if "dora" in f"{_low(row, 'id')} {_low(row, 'notes')}":
+    if "dora" in f"{low(row, 'id')} {low(row, 'notes')}":
         raise Unknown("DoRA is not traced for foreign stacks")
-    if re.search(r"(?<!no )(?<!without )\b(torch.?)?compiled?\b", _low(row, "notes")):
+    if re.search(r"(?<!no )(?<!without )\b(torch.?)?compiled?\b", low(row, "notes")):
         raise Unknown("a compiled step is not traced for foreign stacks")
-    trainer = OTHERS.search(f"{_low(row, 'source')} {_low(row, 'parallelism')}")
+    trainer = OTHERS.search(f"{low(row, 'source')} {low(row, 'parallelism')}")
     if trainer:
         raise Unknown(f"{trainer[0]}'s own runtime is not traced")
     if re.search(
-        r"deepspeed|zero-?[123]", " ".join(_low(row, n) for n in ("precision", "parallelism", "optimizer"))
+        r"deepspeed|zero-?[123]", " ".join(low(row, n) for n in ("precision", "parallelism", "optimizer"))
     ):
         raise Unknown("DeepSpeed's optimizer and its buffers are not traced")
-    if "length-bucketed" in _low(row, "notes") or "upper bound" in _low(row, "notes"):
+    if "length-bucketed" in low(row, "notes") or "upper bound" in low(row, "notes"):
         raise Unknown("the length of the longest batch is not told")
 
 
 def _method(row: Row) -> str:
-    method = _low(row, "method")
+    method = low(row, "method")
     if method not in ("full", "lora", "qlora"):
         raise Unknown(f"the method {row.get('method')!r} is not traced")
     return method
 
 
 def _base(row: Row, method: str) -> Base:
-    text = f"{_low(row, 'precision')} {_low(row, 'notes')}"
+    text = f"{low(row, 'precision')} {low(row, 'notes')}"
     if method != "qlora":
         return "plain"
     if "gptq" in text:
@@ -250,8 +251,8 @@ def _base(row: Row, method: str) -> Base:
 
 def _double_quant(row: Row) -> bool:
     """fms-acceleration's benchmarks set it, whatever the row leaves out."""
-    text = f"{_low(row, 'precision')} {_low(row, 'notes')}"
-    if "fms-acceleration" in _low(row, "source"):
+    text = f"{low(row, 'precision')} {low(row, 'notes')}"
+    if "fms-acceleration" in low(row, "source"):
         return True
     if re.search(r"(no|without) double.?quant(?! stated)", text):
         return False
@@ -286,7 +287,7 @@ def _weights(row: Row, method: str, precision: str, autocast: str | None) -> Lit
         return _format(told[1])
     if autocast is None:
         return _format(precision)
-    if "swift" in _low(row, "source"):
+    if "swift" in low(row, "source"):
         return "bf16"
     if method == "full":
         return "fp32"  # mixed precision is that of fp32 weights
@@ -318,10 +319,10 @@ DROPOUT = {"fms-acceleration": 0.1, "ms-swift": 0.05, "qwenlm/qwen": 0.05}
 
 
 def _dropout(row: Row) -> float:
-    found = re.search(r"dropout[ =:]+(\d*\.?\d+)", f"{_low(row, 'notes')} {_low(row, 'precision')}")
+    found = re.search(r"dropout[ =:]+(\d*\.?\d+)", f"{low(row, 'notes')} {low(row, 'precision')}")
     if found:
         return float(found[1])
-    return next((share for script, share in DROPOUT.items() if script in _low(row, "source")), 0.0)
+    return next((share for script, share in DROPOUT.items() if script in low(row, "source")), 0.0)
 
 
 def _targets(row: Row, shape: Shape) -> tuple[str, ...]:
@@ -332,14 +333,14 @@ def _targets(row: Row, shape: Shape) -> tuple[str, ...]:
 
 
 def _optimizer(row: Row) -> Literal["adamw", "adamw-fused", "bnb", "sgd"]:
-    found = optimizer_kind(_low(row, "optimizer"))
+    found = optimizer_kind(low(row, "optimizer"))
     if found is None:
         raise Unknown(f"the optimizer {row.get('optimizer')!r} is not traced")
     return found
 
 
 def _checkpointing(row: Row) -> bool:
-    told = _low(row, "activation_checkpointing")
+    told = low(row, "activation_checkpointing")
     if told in ("none", "off", "false", "no"):
         return False
     if told.startswith(("full", "true", "on", "yes")):
@@ -348,7 +349,7 @@ def _checkpointing(row: Row) -> bool:
 
 
 def _loss(row: Row) -> Loss:
-    told = _low(row, "loss_impl")
+    told = low(row, "loss_impl")
     if "liger" in told or "fused linear" in told:
         return "liger"
     if "triton" in told or "fast ce" in told:
@@ -372,7 +373,7 @@ def _by_version(transformers: Version, shape: Shape, *, sdpa: bool) -> dict[str,
 
 
 def _attention(row: Row) -> Literal["flash", "efficient", "eager"]:
-    told, gpu = _low(row, "attention"), _low(row, "gpu")
+    told, gpu = low(row, "attention"), low(row, "gpu")
     if "eager" in told or told.strip() == "math":
         return "eager"
     if "efficient" in told or "xformers" in told:
@@ -385,7 +386,7 @@ def _attention(row: Row) -> Literal["flash", "efficient", "eager"]:
 
 
 def _metric(row: Row) -> Literal["allocated", "reserved", "process"]:
-    told = _low(row, "peak_metric")
+    told = low(row, "peak_metric")
     if "not stated" in told or not told:
         raise Unknown("what was measured is not told")
     if "reserved" in told:

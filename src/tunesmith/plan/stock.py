@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.units import GIB
@@ -13,8 +12,8 @@ from tunesmith.plan.facts_types import Prediction, Row, Skipped
 from tunesmith.plan.memory import Peaks, trace_step
 from tunesmith.plan.stack import Stack, Unknown, parse_stack
 from tunesmith.plan.stock_model import check_count
+from tunesmith.plan.stock_sharded import detail
 from tunesmith.plan.stock_step import StockStep
-from tunesmith.plan.timeline import cuda_blocks
 
 
 def predict_stock(row: Row) -> Prediction | Skipped | None:
@@ -37,10 +36,10 @@ def _prediction(row: Row, stack: Stack) -> Prediction:
     num_bytes = peaks.peak.num_bytes
     if stack.metric != "allocated":
         assert peaks.exact
-        num_bytes = simulate(peaks.timeline.events(cuda_blocks)).reserved_bytes
+        num_bytes = simulate(peaks.timeline.events()).reserved_bytes
     if stack.metric == "process":
         num_bytes += int(_card(row).context_mib * 1024**2)
-    return Prediction(num_bytes / GIB, _detail(peaks))
+    return Prediction(num_bytes / GIB, detail(peaks))
 
 
 def _card(row: Row) -> Card:
@@ -48,14 +47,6 @@ def _card(row: Row) -> Card:
         return card_named(str(row.get("gpu") or ""))
     except UserError as error:
         raise Unknown(f"the GPU is not known, and with it its context: {error.what}") from error
-
-
-def _detail(peaks: Peaks) -> dict[str, Any]:
-    return {
-        "binding": peaks.peak.phase,
-        "phases_gib": {m.phase: round(m.num_bytes / GIB, 3) for m in peaks.by_phase},
-        "parts_gib": {name: round(size / GIB, 3) for name, size in peaks.peak.parts.items()},
-    }
 
 
 @lru_cache(maxsize=256)

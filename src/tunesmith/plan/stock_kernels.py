@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from tunesmith.core.units import GIB
+from tunesmith.plan.allocator import round_block
 from tunesmith.plan.facts_types import Prediction, Row, Skipped
 from tunesmith.plan.stack import Unknown, workspace_bytes
 from tunesmith.plan.stock_ops import FusedCrossEntropy, LinearCrossEntropy
-from tunesmith.plan.timeline import cuda_blocks
 from tunesmith.plan.trace import Trace
 
 Loss = Callable[[], Tensor]
@@ -50,7 +50,7 @@ def _peak(row: Row) -> int:
         )
         for _ in range(2):
             kept().backward()
-    return trace.timeline.peak(cuda_blocks).num_bytes
+    return trace.timeline.peak(round_block).num_bytes
 
 
 def _logits(tokens: int, vocab: int, dtype: torch.dtype, fused: bool) -> Loss:

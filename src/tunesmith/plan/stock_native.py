@@ -11,7 +11,7 @@ import torch
 from tunesmith.core.units import GIB
 from tunesmith.plan.facts_types import Prediction, Row, Skipped
 from tunesmith.plan.memory import Peaks, trace_step
-from tunesmith.plan.stack import Unknown, parse_shape, workspace_bytes
+from tunesmith.plan.stack import Unknown, low, parse_shape, workspace_bytes
 from tunesmith.plan.stock_native_model import Framework, Style
 from tunesmith.plan.stock_native_step import NativeStack, NativeStep, Optimizer
 from tunesmith.plan.stock_sharded import detail
@@ -86,16 +86,12 @@ def parse_native(row: Row, framework: Framework) -> NativeStack:
         loss=_loss(row, framework),
         compiled_loss=style.compiled and _compiles_loss(row, framework),
         optimizer=optimizer,
-        in_backward="in backward" in _low(row, "optimizer"),
+        in_backward="in backward" in low(row, "optimizer"),
         sharding=sharding,
-        workspace_bytes=workspace_bytes(_low(row, "gpu")),
+        workspace_bytes=workspace_bytes(low(row, "gpu")),
         expandable=_expandable(row, framework),
         metric=_metric(row, framework),
     )
-
-
-def _low(row: Row, name: str) -> str:
-    return str(row.get(name) or "").lower()
 
 
 def _count(row: Row, name: str, default: int | None = None) -> int:
@@ -107,13 +103,13 @@ def _count(row: Row, name: str, default: int | None = None) -> int:
 
 
 def _length(row: Row) -> int:
-    if "upper bound" in _low(row, "notes") or "longest batch is not" in _low(row, "notes"):
+    if "upper bound" in low(row, "notes") or "longest batch is not" in low(row, "notes"):
         raise Unknown("the length of the longest batch is not told")
     return _count(row, "seq_len")
 
 
 def _style(row: Row, framework: Framework) -> Style:
-    precision, told = _low(row, "precision"), f"{_low(row, 'loss_impl')} {_low(row, 'notes')}"
+    precision, told = low(row, "precision"), f"{low(row, 'loss_impl')} {low(row, 'notes')}"
     rank, targets = _adapters(row)
     quantised = "nf4" in precision or "nf4" in told
     if row.get("method") == "qlora" and not quantised and framework != "torchtune":
@@ -132,15 +128,15 @@ def _style(row: Row, framework: Framework) -> Style:
 
 
 def _compiled(row: Row) -> bool:
-    told = f"{_low(row, 'loss_impl')} {_low(row, 'notes')}"
-    return "compile on" in _low(row, "source") or ("compile" in told and "no compile" not in told)
+    told = f"{low(row, 'loss_impl')} {low(row, 'notes')}"
+    return "compile on" in low(row, "source") or ("compile" in told and "no compile" not in told)
 
 
 def _offloads(row: Row) -> bool:
     """Whether what is kept of the layers lies in host memory. Raises Unknown for any other offload."""
-    told = _low(row, "offload")
+    told = low(row, "offload")
     if told in ("", "none"):
-        return "offload" in _low(row, "activation_checkpointing")
+        return "offload" in low(row, "activation_checkpointing")
     if "activation" in told:
         return True
     raise Unknown(f"offload {row['offload']!r} is not traced")
@@ -166,7 +162,7 @@ def _adapters(row: Row) -> tuple[int, frozenset[str]]:
 
 
 def _recompute(row: Row) -> Literal["none", "full", "products"]:
-    told = _low(row, "activation_checkpointing")
+    told = low(row, "activation_checkpointing")
     if told.startswith(("none", "off", "false")):
         return "none"
     if "selective" in told:
@@ -179,14 +175,14 @@ def _recompute(row: Row) -> Literal["none", "full", "products"]:
 
 
 def _loss(row: Row, framework: Framework) -> Literal["whole", "chunked"]:
-    told = _low(row, "loss_impl")
+    told = low(row, "loss_impl")
     if not told:
         raise Unknown("the loss is not told")
     return "chunked" if "chunk" in told and "off" not in told else "whole"
 
 
 def _optimizer(row: Row) -> Optimizer:
-    told = _low(row, "optimizer")
+    told = low(row, "optimizer")
     if "paged" in told:
         return "paged"
     if "4-bit" in told or "4bit" in told:
@@ -196,7 +192,7 @@ def _optimizer(row: Row) -> Optimizer:
     if "adam" in told:
         return (
             "fused"
-            if "fused" in told.replace("optimizer fused", "") or "fused adamw" in _low(row, "notes")
+            if "fused" in told.replace("optimizer fused", "") or "fused adamw" in low(row, "notes")
             else "foreach"
         )
     raise Unknown(f"the optimizer {row.get('optimizer')!r} is not traced")
@@ -204,7 +200,7 @@ def _optimizer(row: Row) -> Optimizer:
 
 def _metric(row: Row, framework: Framework) -> Literal["allocated", "reserved"]:
     """torchtitan logs what is reserved, torchtune what is active."""
-    told = _low(row, "peak_metric")
+    told = low(row, "peak_metric")
     if "smi" in told or "process" in told:
         raise Unknown(f"the metric {row['peak_metric']!r} is not of torch's tensors")
     return "reserved" if framework == "torchtitan" or "reserved" in told else "allocated"
@@ -217,7 +213,7 @@ def _expandable(row: Row, framework: Framework) -> bool:
 
 def _year(row: Row) -> int:
     """Of the source, where its name is dated; else of today's versions."""
-    dated = re.search(r"(?<!\d)(20\d\d)(?:0[1-9]|1[0-2])(?!\d)", _low(row, "source"))
+    dated = re.search(r"(?<!\d)(20\d\d)(?:0[1-9]|1[0-2])(?!\d)", low(row, "source"))
     return int(dated[1]) if dated else 2025
 
 
@@ -228,7 +224,7 @@ def _compiles_loss(row: Row, framework: Framework) -> bool:
 
 def _context_ranks(row: Row) -> int:
     """Processes that share a sequence."""
-    found = re.search(r"\bcp ?=? ?(\d+)", _low(row, "parallelism"))
+    found = re.search(r"\bcp ?=? ?(\d+)", low(row, "parallelism"))
     return int(found[1]) if found else 1
 
 
@@ -236,12 +232,12 @@ def _sharding(row: Row, framework: Framework) -> Sharding | None:
     ranks = _count(row, "num_gpus", 1)
     if ranks == 1:
         return None
-    told = _low(row, "parallelism")
+    told = low(row, "parallelism")
     if re.search(r"tensor|pipeline|\btp\b|\bpp\b|async", told):
         raise Unknown(f"the parallelism {row['parallelism']!r} is not traced")
-    if "offload" in f"{_low(row, 'offload')} {_low(row, 'optimizer')}":
+    if "offload" in f"{low(row, 'offload')} {low(row, 'optimizer')}":
         raise Unknown("offload of sharded weights is not traced")
-    wide = torch.float32 if "fp32" in f"{_low(row, 'precision')} {_low(row, 'optimizer')}" else None
+    wide = torch.float32 if "fp32" in f"{low(row, 'precision')} {low(row, 'optimizer')}" else None
     return Sharding(
         kind="fsdp1" if "fsdp1" in told else "fsdp2",
         ranks=ranks,

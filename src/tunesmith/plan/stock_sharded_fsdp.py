@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from tunesmith.plan.allocator import Event, simulate
-from tunesmith.plan.timeline import Timeline, cuda_blocks
+from tunesmith.plan.timeline import Timeline
 from tunesmith.plan.trace import Trace
 
 Kind = Literal["fsdp1", "fsdp2"]
@@ -324,6 +324,6 @@ def _adapters(model: nn.Module, sharding: Sharding) -> list[nn.Module]:
 def reserved_bytes(timeline: Timeline, *, expandable: bool = False) -> int:
     """What torch's allocator keeps. Collectives have streams of their own, whose blocks stay theirs."""
     pools: tuple[list[Event], list[Event]] = [], []
-    for event in timeline.events(cuda_blocks):
+    for event in timeline.events():
         pools[timeline.records[event[1]].maker == COLLECTIVE].append(event)
     return sum(simulate(pool, expandable_segments=expandable).reserved_bytes for pool in pools)

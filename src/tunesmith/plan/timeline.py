@@ -33,11 +33,6 @@ def exactly(num_bytes: int) -> int:
     return num_bytes
 
 
-def cuda_blocks(num_bytes: int) -> int:
-    """Bytes of the block that torch's CUDA allocator gives for a tensor: whole 512 bytes."""
-    return -(-num_bytes // 512) * 512
-
-
 @dataclass(slots=True)
 class Record:
     """One storage. made, freed: when, None for what lives to the end; phase, part: where it was made, part

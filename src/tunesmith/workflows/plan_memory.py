@@ -10,10 +10,9 @@ import numpy as np
 
 from tunesmith.model.batch import IGNORE, Batch
 from tunesmith.model.shape import has_equal_layers
-from tunesmith.plan.allocator import simulate
+from tunesmith.plan.allocator import round_block, simulate
 from tunesmith.plan.memory import FRAGMENTATION, MemoryPlan, Peaks, Step, trace_step
 from tunesmith.plan.sharding import few_layers
-from tunesmith.plan.timeline import cuda_blocks
 from tunesmith.plan.trace import Trace
 from tunesmith.recipe.schema import Recipe
 from tunesmith.workflows.plan_step import RecipeStep, Work, layer_elements
@@ -59,7 +58,7 @@ def plan_memory(
 def _of_allocator(peaks: Peaks) -> tuple[int, int]:
     """(allocated, reserved) as torch's allocator on a card counts them; where only a few layers were traced,
     in the proportions in which they stand there."""
-    use, traced = simulate(peaks.timeline.events()), peaks.timeline.peak(cuda_blocks).num_bytes
+    use, traced = simulate(peaks.timeline.events()), peaks.timeline.peak(round_block).num_bytes
     share = peaks.bytes_in("device") / traced
     return round(use.allocated_bytes * share), round(use.reserved_bytes * share)
 

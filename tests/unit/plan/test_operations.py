@@ -5,25 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.unit.plan.hearing import Hearing
 from tunesmith.plan.duration import Operation
 from tunesmith.plan.operations import FAR, NEAR_BYTES, Call, Calls
-
-
-class Hearing(TorchDispatchMode):
-    """A trace that only has a phase and a listener."""
-
-    phase = "forward"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = Calls(self)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls(func, args, kwargs or {}, out)
-        return out
 
 
 def heard(work: Callable[[], Any]) -> Calls:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.plan.timeline import Mark, Record, Timeline, cuda_blocks
+from tunesmith.plan.allocator import round_block
+from tunesmith.plan.timeline import Mark, Record, Timeline
 
 
 def record(
@@ -41,8 +42,8 @@ def test_a_phase_that_allocates_nothing_holds_what_was_there() -> None:
 
 
 def test_blocks_of_a_card_are_whole_512_bytes() -> None:
-    assert [cuda_blocks(size) for size in (1, 512, 513, 1024)] == [512, 512, 1024, 1024]
-    assert STEP.peak(cuda_blocks).num_bytes == 3 * 512
+    assert [round_block(size) for size in (1, 512, 513, 1024)] == [512, 512, 1024, 1024]
+    assert STEP.peak(round_block).num_bytes == 3 * 512
 
 
 def test_host_memory_is_counted_by_itself() -> None:
