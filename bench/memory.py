@@ -6,7 +6,8 @@
 
 The model is Qwen1.5-0.5B's configuration with random weights, the step a full fine-tune's of one document in
 which every token is supervised, computed for real on the CPU. On a GPU the same tensors exist; what kernels
-take for themselves and what the allocator rounds up come on top.
+take for themselves and what the allocator rounds up come on top. What a plan says stands beside such
+peaks in `bench/plan/memory.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tunesmith.core.progress import say
+from tunesmith.core.units import GIB
 from tunesmith.model import attention
 from tunesmith.model.batch import Batch, join
 from tunesmith.model.live_tensors import LiveTensors
+from tunesmith.model.shape import with_layers
+from tunesmith.plan.sizes import config_of
 from tunesmith.recipe.resolve import Facts, resolve, resolve_steps
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.activations import checkpoint_layers
@@ -32,19 +36,6 @@ from tunesmith.train.engine import SingleEngine
 from tunesmith.train.fast_lora import speed_up
 from tunesmith.train.objective import Supervised
 from tunesmith.train.precision import base_dtype
-
-GIB = 1024**3
-QWEN_0_5B: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
 
 
 def recipe_for(args: argparse.Namespace) -> Recipe:
@@ -73,7 +64,7 @@ def make_model(recipe: Recipe, layers: int) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = Qwen2ForCausalLM(Qwen2Config(**QWEN_0_5B | {"num_hidden_layers": layers}))
+        model = AutoModelForCausalLM.from_config(with_layers(config_of("qwen1.5-0.5b"), layers))
     finally:
         torch.set_default_dtype(default)
     attention.install(model, max_length=2048)

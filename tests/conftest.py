@@ -22,22 +22,28 @@ __all__ = ["busybox_image", "docker_host", "python_image", "ssh_server", "use_do
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest: started first, so that none of them runs alone at the end.
 LONGEST = (
-    "test_containers", "test_image", "test_airgap", "test_parallel", "test_methods", "test_parallel_faults",
-    "test_train_faults", "test_foreign_clients", "test_serve", "test_engine_exact", "test_mixed_adapters",
+    "test_containers", "test_image", "test_airgap", "test_parallel", "test_plan_parallel", "test_plan_memory",
+    "test_plan_time", "test_plan_fit", "test_methods", "test_parallel_faults", "test_train_faults",
+    "test_foreign_clients", "test_serve", "test_engine_exact", "test_mixed_adapters",
     "test_gguf_llamacpp", "test_serve_engines", "test_served_tokens", "test_parity", "test_train",
     "test_lab_files", "test_setup", "test_preference", "test_verify", "test_train_kill", "test_bench", "test_quickstart",
-    "test_builtin_model", "test_serve_load", "test_bundle", "test_serve_process", "test_base_install",
+    "test_builtin_model", "test_train_cluster", "test_store", "test_doctor_cluster", "test_serve_load", "test_bundle", "test_serve_process", "test_base_install",
 )  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="tests that take a part of their cases take all")
+    parser.addoption("--whole", action="store_true", help="take the cases that are marked 'whole' too")
 
 
 @pytest.fixture(scope="session")
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether tests with many cases of one kind take all of them: minutes more."""
-    return bool(request.config.getoption("--whole"))
+    return _takes_all(request.config)
+
+
+def _takes_all(config: pytest.Config) -> bool:
+    """With --whole, and where a case is named: tests/test_x.py::test_y[case]."""
+    return bool(config.getoption("--whole")) or any("[" in name for name in config.args)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,7 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out(config, items)
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
@@ -63,6 +70,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if on_gpu and not _has_gpu():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The cases marked "whole" repeat what others prove, with other values."""
+    left_out = [item for item in items if item.get_closest_marker("whole")]
+    if left_out and not _takes_all(config):
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 class FilesAndGroups(LoadGroupScheduling):
@@ -106,12 +121,25 @@ def smol() -> Path:
 @pytest.fixture(scope="session")
 def tiny(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama with SmolLM2's tokenizer and template: fast, and a real model."""
+    return _two_layers(tmp_path_factory.mktemp("tiny") / "tiny-llama", smol, 49152)
+
+
+@pytest.fixture(scope="session")
+def trainee(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny`, with the first 2,048 tokens of its vocabulary: read and trained in a part of the time."""
+    from tests.tiny_models import keep_tokens
+
+    folder = _two_layers(tmp_path_factory.mktemp("trainee") / "tiny-llama", smol, 2048)
+    keep_tokens(folder, 2048)
+    return folder
+
+
+def _two_layers(folder: Path, smol: Path, vocab_size: int) -> Path:
     from transformers import AutoTokenizer
 
     from tests.tiny_models import make
 
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    sizes = {"vocab_size": 49152, "intermediate_size": 128, "max_position_embeddings": 1024}
+    sizes = {"vocab_size": vocab_size, "intermediate_size": 128, "max_position_embeddings": 1024}
     tokens = {"eos_token_id": 2, "pad_token_id": 2}
     make(wide=False, **sizes, **tokens, tie_word_embeddings=True).save_pretrained(folder)
     AutoTokenizer.from_pretrained(smol).save_pretrained(folder)

@@ -13,7 +13,7 @@ from tests import imports
 
 SRC = Path(__file__).resolve().parent.parent / "src" / "tunesmith"
 
-AREAS = ("host", "image", "hub", "data", "plan", "train", "export", "serve", "convert")
+AREAS = ("host", "image", "hub", "data", "plan", "train", "export", "serve", "cluster", "convert")
 BELOW_AREAS = {"core", "recipe", "model"}
 PERMITTED = {
     "core": {"core"},

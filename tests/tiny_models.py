@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,17 @@ def make(family: str = "llama", *, wide: bool = True, seed: int = 0, **more: Any
             if wide and parameter.ndim == 2:
                 parameter.data.normal_(0, 0.15)
     return made.eval()
+
+
+def keep_tokens(folder: Path, count: int) -> None:
+    """Leave a byte-level tokenizer the first tokens of its vocabulary: special ones, bytes, and first merges."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    model = content["model"]
+    kept = {token: number for token, number in model["vocab"].items() if number < count}
+    merges = [pair for pair in model["merges"] if "".join(pair) in kept and kept.keys() >= set(pair)]
+    content["model"] = model | {"vocab": kept, "merges": merges}
+    file.write_text(json.dumps(content))
 
 
 def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:

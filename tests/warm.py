@@ -31,8 +31,8 @@ from typing import Any
 
 COLD = {"TUNESMITH_TEST_COLD": "1"}
 """The environment of a start that does its own imports."""
-WARM = {"train", "data", "eval", "export", "chat", "serve", "verify", "bench", "quickstart"}
-MODULES = {"tunesmith.cli.engine", "tests.e2e.little_memory"}
+WARM = {"train", "plan", "data", "eval", "export", "chat", "serve", "verify", "bench", "quickstart"}
+MODULES = {"tunesmith.cli.engine", "tests.e2e.little_memory", "tests.e2e.forgetful"}
 """What else than `tunesmith` starts so."""
 IMPORTS = (
     "tunesmith.workflows.train", "tunesmith.workflows.evaluate", "tunesmith.workflows.export",
@@ -41,6 +41,8 @@ IMPORTS = (
 )  # fmt: skip
 READ = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "HOME", "XDG_", "PYTHON", "LD_", "OMP_", "MKL_", "CUDA_")
 """Beginnings of the variables that packages read while they are imported."""
+READ_LATER = {"TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+"""Those of them that are read at each use; `tunesmith serve` sets it for the engines that it starts."""
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 ENVIRONMENT: dict[str, str] = {}
 """What the imports are done with: the environment before any test has changed it (see pytest_configure)."""
@@ -87,7 +89,7 @@ def children(pid: int) -> list[int]:
 
 
 def _read_by_imports(env: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in env.items() if key.startswith(READ)}
+    return {key: value for key, value in env.items() if key.startswith(READ) and key not in READ_LATER}
 
 
 class Warm(subprocess.Popen[Any]):

@@ -5,6 +5,7 @@
 Each recipe is planned from a configuration and then really stepped, in a process of its own: the model with
 random weights, the real engine, two optimizer steps. Matrix products of the real step are left uncomputed
 (zeros of the same shape), which changes no tensor's size; --products computes them.
+`bench/memory.py` looks into one such step.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import subprocess
 import sys
 from typing import Any
 
+from tunesmith.core.units import GIB
 from tunesmith.model.batch import Batch
 from tunesmith.plan.sizes import config_of
 from tunesmith.recipe.resolve import Facts, resolve
 from tunesmith.recipe.schema import Recipe
 from tunesmith.workflows.plan_memory import full_batch
 
-GIB = 1024**3
 MODELS = {"smol": "smollm2-135m", "qwen": "qwen1.5-0.5b"}
 FULL, LORA, QLORA = ({"type": kind} for kind in ("full", "lora", "qlora"))
 CHECKPOINTED = {"gradient_checkpointing": "full"}

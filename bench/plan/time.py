@@ -4,8 +4,8 @@
     python bench/plan/time.py --only qwen-lora-512 --json
     python bench/plan/time.py --facts FILE.jsonl         tokens per second beside published ones, by card
 
-A prediction is made before the model exists: its step is traced on fake tensors, and the operations found are
-measured one by one. Then the model is made, and takes real steps. Run it where nothing else runs.
+A prediction is made before the model exists: its step is traced on fake tensors, and timed with three layers
+in place of all. Then the model is made, and takes real steps. Run it where nothing else runs.
 
 Published rows are traced as `plan.stock` traces them, with four layers and with five; what a layer more takes
 is what all others take.
@@ -34,10 +34,11 @@ from tunesmith.model.hardware import set_threads
 from tunesmith.model.quant import quantize
 from tunesmith.plan.card_rates import Rates, card_rates
 from tunesmith.plan.cards import card_named
+from tunesmith.plan.facts_types import Unknown
 from tunesmith.plan.memory import FEW
 from tunesmith.plan.operations import Calls
 from tunesmith.plan.sizes import config_of
-from tunesmith.plan.stack import Stack, Unknown, parse_stack
+from tunesmith.plan.stack import Stack, parse_stack
 from tunesmith.plan.stock_step import StockStep
 from tunesmith.plan.trace import Trace
 from tunesmith.recipe.schema import Recipe
@@ -49,6 +50,7 @@ from tunesmith.workflows.plan_step import Work
 from tunesmith.workflows.plan_time import (
     Traced,
     plan_time,
+    probed_step,
     real_steps,
     run_load,
     trace_calls,
@@ -134,8 +136,8 @@ def predict(case: Case, recipe: Recipe) -> tuple[Traced, float]:
         recipe, PLANNED_STEPS, lambda step: steps_of(case, step), tokens=total, labels=labels
     )
     traced = trace_calls(recipe, case.config, Work(batch=typical), device="cpu")
-    plan = plan_time(recipe, [traced], run, device="cpu", vocabulary=case.config.vocab_size)
-    return traced, plan.step_s
+    step = probed_step(recipe, case.config, Work(batch=typical), traced, run, device="cpu")
+    return traced, plan_time(run, step, device="cpu").step_s
 
 
 def engine_of(case: Case, recipe: Recipe) -> SingleEngine:
@@ -187,11 +189,11 @@ def stock_seconds(stack: Stack, rates: Rates, layers: int) -> float:
         trace.listeners.append(calls)
         step.run(trace)
 
-    def seconds(*phases: str) -> float:
-        return sum(rates.seconds(calls.operations[call]) * n for call, n in calls.of(*phases).items())
-
+    counts = calls.of("forward", "backward")
+    for call, n in calls.of("update").items():
+        counts[call] += n / stack.accumulation  # type: ignore[assignment]
     attention = rates.product_s("attention", "bf16", layers * attention_flops(stack))
-    return seconds("forward", "backward") + attention + seconds("update") / stack.accumulation
+    return rates.all_s(((calls.operations[call], n) for call, n in counts.items()), more_s=attention)
 
 
 def attention_flops(stack: Stack) -> float:

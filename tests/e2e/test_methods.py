@@ -44,16 +44,16 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def base(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny`, and the same with a head of its own."""
+def base(request: pytest.FixtureRequest, trainee: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`trainee`, and the same with a head of its own."""
     if request.param:
-        return tiny
+        return trainee
     folder = tmp_path_factory.mktemp("untied") / "tiny-untied"
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(trainee)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(trainee).save_pretrained(folder)
     return folder
 
 
@@ -93,11 +93,17 @@ def resumed(recipe: Path, done: RunFolder) -> RunFolder:
 # Of a model with a head of its own only those that touch it; quick ones for every run of the tests.
 CASES = [(name, True) for name in METHODS if name != "dora"] + [("tokens", False), ("tokens, whole", False)]
 QUICK = [("qlora with dora", True), ("tokens", False)]
+# What they are made of is in others: NF4, new tokens, whole modules, a tied head, each with and without the rest.
+WHOLE = [("qlora", True), ("tokens", True), ("tokens, whole", True)]
+
+
+def marks_of(case: tuple[str, bool]) -> list[pytest.MarkDecorator]:
+    return ([] if case in QUICK else [pytest.mark.slow]) + ([pytest.mark.whole] if case in WHOLE else [])
 
 
 @pytest.mark.parametrize(
     ("name", "base"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=marks_of(case)) for case in CASES],
     indirect=["base"],
 )
 def test_a_method_from_recipe_to_answers(name: str, base: Path, tmp_path: Path) -> None:
@@ -151,20 +157,20 @@ def check_tokens(run: RunFolder, merged: Path) -> None:
     """Both new tokens were seen and trained: their rows have left the common start."""
     tokenizer = AutoTokenizer.from_pretrained(merged)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in TOKENS]
-    assert ids == [49152, 49153] and "<add>" in tokenizer.decode(tokenizer("<add> 1").input_ids)
+    assert ids == [2048, 2049] and "<add>" in tokenizer.decode(tokenizer("<add> 1").input_ids)
     rows = load_file(merged / "model.safetensors")["model.embed_tokens.weight"]
-    assert rows.shape[0] == 49154
+    assert rows.shape[0] == 2050
     assert (rows[ids[0]] - rows[ids[1]]).abs().max() > 1e-3
     assert (run.path / "tokenizer" / "tokenizer.json").is_file()
 
 
 @pytest.mark.slow
-def test_a_run_over_a_run_with_new_tokens(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_over_a_run_with_new_tokens(trainee: Path, tmp_path: Path) -> None:
     """The second run's base is the first with its adapter and its tokens merged in."""
-    first = train_recipe(recipe_of(tmp_path / "one", tiny, "tokens"), []).run
+    first = train_recipe(recipe_of(tmp_path / "one", trainee, "tokens"), []).run
     second = recipe_of(tmp_path / "two", first.path, "dora")
     run = train_recipe(second, []).run
     opened = open_served(str(run.path), merge=True, threads=1)
-    assert len(opened.tokenizer) == opened.model.config.vocab_size == 49154
+    assert len(opened.tokenizer) == opened.model.config.vocab_size == 2050
     merged = export_run(run.path, "merged")
     check_served(run, merged.folder)

@@ -68,18 +68,18 @@ def kill_launcher(training: Training) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+def alone(trainee: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
     """The losses of one process."""
-    recipe = recipe_in(tmp_path_factory.mktemp("alone") / "one", tiny, processes=1)
+    recipe = recipe_in(tmp_path_factory.mktemp("alone") / "one", trainee, processes=1)
     code, _, errors = Training(recipe).end()
     assert code == 0, errors
     return curve(recipe)
 
 
 def test_a_killed_rank_ends_the_run_and_another_engine_goes_on(
-    tmp_path: Path, tiny: Path, alone: Curve
+    tmp_path: Path, trainee: Path, alone: Curve
 ) -> None:
-    recipe = recipe_in(tmp_path / "killed", tiny)
+    recipe = recipe_in(tmp_path / "killed", trainee)
     training = Training(recipe)
     training.wait_for(lambda: training.new_events("step") >= 6)
     pids = workers_of(training)
@@ -105,32 +105,32 @@ def test_a_killed_rank_ends_the_run_and_another_engine_goes_on(
     assert steps == list(range(1, STEPS + 1)), "more than rank 0 wrote events"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_stop_all_ranks(
-    tmp_path: Path, tiny: Path, alone: Curve, number: signal.Signals, code: int
-) -> None:
-    recipe = recipe_in(tmp_path / "stopped", tiny)
-    training = Training(recipe)
-    training.wait_for(lambda: training.new_events("step") >= 5)
-    pids = workers_of(training)
-    training.process.send_signal(number)
-    found, _, errors = training.end()
-    assert found == code, errors
-    assert f"go on with: tunesmith train {recipe}" in errors
-    assert_all_gone([*pids.values()])
-    run = RunFolder(training.run)
-    last = list(read_events(run.events, "step"))[-1]["step"]
-    assert run.latest_checkpoint() == run.checkpoint(last), "the finished step was not saved"
+def test_signals_save_and_stop_all_ranks(tmp_path: Path, trainee: Path, alone: Curve) -> None:
+    recipe = recipe_in(tmp_path / "stopped", trainee)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        training = Training(recipe)
+        training.wait_for(lambda training=training: training.new_events("step") >= 5)
+        pids = workers_of(training)
+        training.process.send_signal(number)
+        found, _, errors = training.end()
+        assert found == code, errors
+        assert f"go on with: tunesmith train {recipe}" in errors
+        assert_all_gone([*pids.values()])
+        run = RunFolder(training.run)
+        last = list(read_events(run.events, "step"))[-1]["step"]
+        assert run.latest_checkpoint() == run.checkpoint(last), "the finished step was not saved"
 
     code, _, errors = Training(recipe, "--set", "hardware.processes=1").end()
     assert code == 0, errors
     assert_close(curve(recipe), alone)
 
 
-def test_workers_end_with_a_killed_launcher_and_the_run_goes_on_exactly(tmp_path: Path, tiny: Path) -> None:
+def test_workers_end_with_a_killed_launcher_and_the_run_goes_on_exactly(
+    tmp_path: Path, trainee: Path
+) -> None:
     curves = []
     for name in ("never", "killed"):
-        recipe = recipe_in(tmp_path / name, tiny)
+        recipe = recipe_in(tmp_path / name, trainee)
         if name == "killed":
             kill_launcher(Training(recipe))
         code, _, errors = Training(recipe).end()
@@ -139,16 +139,16 @@ def test_workers_end_with_a_killed_launcher_and_the_run_goes_on_exactly(tmp_path
     assert curves[0] == curves[1] and len(curves[0]) == STEPS
 
 
-def test_under_torchrun(tmp_path: Path, tiny: Path, alone: Curve) -> None:
-    recipe = recipe_in(tmp_path / "torchrun", tiny)
+def test_under_torchrun(tmp_path: Path, trainee: Path, alone: Curve) -> None:
+    recipe = recipe_in(tmp_path / "torchrun", trainee)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run_program([*command, "-m", "tunesmith", "train", str(recipe)], cwd=recipe.parent)
     assert_close(curve(recipe), alone)
     assert done.stderr.count("trained 24 steps") == 1, "more than rank 0 told"
 
 
-def test_an_error_of_the_recipe_is_told_once(tmp_path: Path, tiny: Path) -> None:
-    recipe = recipe_in(tmp_path / "wrong", tiny)
+def test_an_error_of_the_recipe_is_told_once(tmp_path: Path, trainee: Path) -> None:
+    recipe = recipe_in(tmp_path / "wrong", trainee)
     code, out, errors = Training(recipe, "--json", "--set", "parallel.engine=single").end()
     assert code == 2, errors
     assert errors.count("error: parallel.engine: 'single' with 2 processes") == 1

@@ -63,11 +63,11 @@ def finish(recipe: Path) -> list[dict[str, Any]]:
     ids=["full-dpo", "lora-kto"],
 )
 def test_killed_and_resumed_it_is_the_same(
-    tmp_path: Path, tiny: Path, method: dict[str, Any], objective: dict[str, Any]
+    tmp_path: Path, trainee: Path, method: dict[str, Any], objective: dict[str, Any]
 ) -> None:
     given = {"method": method, "objective": objective}
-    never = history(train_recipe(recipe_in(tmp_path / "never", tiny, **given), []).run.path)
-    recipe = recipe_in(tmp_path / "killed", tiny, **given)
+    never = history(train_recipe(recipe_in(tmp_path / "never", trainee, **given), []).run.path)
+    recipe = recipe_in(tmp_path / "killed", trainee, **given)
     training = Training(recipe)
     training.wait_for(lambda: training.new_events("step") >= 4)
     training.kill()
@@ -78,8 +78,8 @@ def test_killed_and_resumed_it_is_the_same(
     assert [e["event"] for e in read_events(training.events)].count("resume") == 1
 
 
-def test_shown_checked_and_trained(tmp_path: Path, tiny: Path, cli: Cli) -> None:
-    recipe = recipe_in(tmp_path / "run", tiny, objective={"type": "orpo"}, train={"max_steps": 2})
+def test_shown_checked_and_trained(tmp_path: Path, trainee: Path, cli: Cli) -> None:
+    recipe = recipe_in(tmp_path / "run", trainee, objective={"type": "orpo"}, train={"max_steps": 2})
     shown: Any = cli.json("data", "show", recipe, "-n", "1")
     parts = [(span["part"], span["supervised"]) for span in shown["rows"][0]["spans"]]
     assert parts == [
@@ -95,8 +95,8 @@ def test_shown_checked_and_trained(tmp_path: Path, tiny: Path, cli: Cli) -> None
     assert trained["steps"] == 2 and trained["eval_loss"] < trained["eval_loss_before"]
 
 
-def test_what_cannot_work_is_refused(tmp_path: Path, tiny: Path, cli: Cli) -> None:
-    recipe = recipe_in(tmp_path / "run", tiny, objective={"type": "dpo"})
+def test_what_cannot_work_is_refused(tmp_path: Path, trainee: Path, cli: Cli) -> None:
+    recipe = recipe_in(tmp_path / "run", trainee, objective={"type": "dpo"})
     done = cli("train", recipe, "--set", "objective.desirable_weight=2")
     assert done.returncode == 2 and "hint:" in done.stderr
     assert "objective.desirable_weight: 2.0 is not used by objective.type dpo" in done.stderr

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.conftest import Cli
 from tunesmith.core.net import EventClient
 from tunesmith.workflows.endpoint import Endpoint, serving
-from tunesmith.workflows.verify import descendants
 
 # Half of those that are answered leave in mid-stream.
 STREAMS, LEAVERS, SLOW, OVER_RATE, OVER_QUOTA = 210, 230, 20, 20, 20
@@ -157,7 +157,7 @@ async def under_load(endpoint: Endpoint, count: int, tokens: int) -> list[asynci
 async def killed(endpoint: Endpoint) -> tuple[Counter[str], set[str]]:
     """How streams end whose engine is killed, and the codes of their errors; then a new one is whole."""
     tasks = await under_load(endpoint, KILLED, 200)
-    for engine in descendants(endpoint.pid):
+    for engine in warm.children(endpoint.pid):
         os.kill(engine, signal.SIGKILL)
     outcomes = await asyncio.gather(*tasks)
     for _ in range(1200):

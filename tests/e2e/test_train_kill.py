@@ -50,7 +50,7 @@ def assert_no_half_checkpoint(run: RunFolder) -> None:
     [({"type": "lora", "dropout": 0.1}, "save any save"), ({"type": "full"}, "any save")],
     ids=["lora", "full"],
 )
-def test_kill_at_random_moments(tmp_path: Path, tiny: Path, method: dict[str, object], kills: str) -> None:
+def test_kill_at_random_moments(tmp_path: Path, trainee: Path, method: dict[str, object], kills: str) -> None:
     """In a save, or anywhere, evaluating included.
 
     The waits are counted in steps, of which there are more than all kills together can wait for.
@@ -59,8 +59,8 @@ def test_kill_at_random_moments(tmp_path: Path, tiny: Path, method: dict[str, ob
         (tmp_path / name).mkdir()
     method = {"rank": 4} | method
     steps = {"max_steps": STEPS}
-    never = never_killed(write_recipe(tmp_path / "never", tiny, method=method, train=steps))
-    recipe = write_recipe(tmp_path / "killed", tiny, method=method, train=steps)
+    never = never_killed(write_recipe(tmp_path / "never", trainee, method=method, train=steps))
+    recipe = write_recipe(tmp_path / "killed", trainee, method=method, train=steps)
     draw = random.Random(f"{method} {kills}")
     run = RunFolder(tmp_path / "killed" / "runs" / "run")
     during_saves = 0
@@ -85,12 +85,12 @@ def test_kill_at_random_moments(tmp_path: Path, tiny: Path, method: dict[str, ob
 
 
 @pytest.mark.slow
-def test_signals_save_and_say_how_to_go_on(tmp_path: Path, tiny: Path) -> None:
+def test_signals_save_and_say_how_to_go_on(tmp_path: Path, trainee: Path) -> None:
     for name in ("never", "stopped"):
         (tmp_path / name).mkdir()
     settings = {"save_every": 1000}
-    never = never_killed(write_recipe(tmp_path / "never", tiny, train=settings))
-    recipe = write_recipe(tmp_path / "stopped", tiny, train=settings)
+    never = never_killed(write_recipe(tmp_path / "never", trainee, train=settings))
+    recipe = write_recipe(tmp_path / "stopped", trainee, train=settings)
     run = RunFolder(tmp_path / "stopped" / "runs" / "run")
     for number, code in ((2, 130), (15, 143)):
         training = Training(recipe)

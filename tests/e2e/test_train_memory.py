@@ -25,9 +25,9 @@ def recipe_in(folder: Path, model: Path, **train: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_the_smallest_plan_goes_on_exactly_after_a_kill(tiny: Path, tmp_path: Path) -> None:
-    whole = train_recipe(recipe_in(tmp_path / "whole", tiny), []).run
-    killed = Training(recipe_in(tmp_path / "killed", tiny))
+def test_the_smallest_plan_goes_on_exactly_after_a_kill(trainee: Path, tmp_path: Path) -> None:
+    whole = train_recipe(recipe_in(tmp_path / "whole", trainee), []).run
+    killed = Training(recipe_in(tmp_path / "killed", trainee))
     killed.wait_for(lambda: killed.new_events("step") >= 3)
     killed.kill()
     resumed = Training(tmp_path / "killed" / "recipe.yaml")
@@ -43,8 +43,8 @@ def test_the_smallest_plan_goes_on_exactly_after_a_kill(tiny: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("train", [{"max_grad_norm": 1.0}, {"grad_accumulation": 2}])
 def test_what_an_update_in_the_backward_pass_cannot_do_is_refused(
-    train: dict[str, Any], tiny: Path, tmp_path: Path, cli: Cli
+    train: dict[str, Any], trainee: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    done = cli("train", recipe_in(tmp_path / "run", tiny, **train))
+    done = cli("train", recipe_in(tmp_path / "run", trainee, **train))
     assert done.returncode == 2 and "from train.memory: smallest" in done.stderr
     assert "hint: set" in done.stderr

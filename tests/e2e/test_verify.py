@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Cli
+from tests import warm
+from tests.conftest import ROOT, Cli
 from tests.e2e.train_helpers import write_recipe
 
 SHORT = ("--steps", "30", "--kills", "1")
 
-# What a tool does that forgets the optimizer's averages when it resumes.
-FORGETFUL = """
-from tunesmith.train import states
-states.read_optimizer = lambda *args, **named: None
-"""
-
 
 @pytest.mark.slow
-def test_a_killed_run_is_shown_to_be_the_same(tmp_path: Path, tiny: Path, cli: Cli) -> None:
-    recipe = write_recipe(tmp_path, tiny)
+def test_a_killed_run_is_shown_to_be_the_same(tmp_path: Path, trainee: Path, cli: Cli) -> None:
+    recipe = write_recipe(tmp_path, trainee)
     found = cli.json("verify", "resume", recipe, *SHORT)
     assert found["equal"] is True and found["first_difference"] is None and len(found["kills"]) == 1
     assert [point["step"] for point in found["curve"]] == list(range(1, 31))
@@ -31,16 +28,18 @@ def test_a_killed_run_is_shown_to_be_the_same(tmp_path: Path, tiny: Path, cli: C
 
 
 @pytest.mark.slow
-def test_a_resume_that_forgets_something_is_told(tmp_path: Path, tiny: Path, cli: Cli) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FORGETFUL)
-    recipe = write_recipe(tmp_path, tiny)
-    done = cli("verify", "resume", recipe, *SHORT, env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 1, done.stderr
-    assert "NOT the same: the losses part at step" in done.stdout and "DIFFERENT" in done.stdout
+def test_a_resume_that_forgets_something_is_told(tmp_path: Path, trainee: Path) -> None:
+    recipe = write_recipe(tmp_path, trainee)
+    command = [sys.executable, "-m", "tests.e2e.forgetful", "verify", "resume", str(recipe), *SHORT]
+    pipe = subprocess.PIPE
+    process = warm.popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert "NOT the same: the losses part at step" in out and "DIFFERENT" in out
 
 
-def test_a_recipe_that_cannot_be_trained_is_the_users_error(tmp_path: Path, tiny: Path, cli: Cli) -> None:
-    recipe = write_recipe(tmp_path, tiny)
+def test_a_recipe_that_cannot_be_trained_is_the_users_error(tmp_path: Path, trainee: Path, cli: Cli) -> None:
+    recipe = write_recipe(tmp_path, trainee)
     (tmp_path / "rows.jsonl").write_text('{"text": 1}\n')
     done = cli("verify", "resume", recipe)
     assert done.returncode == 2 and "rows.jsonl" in done.stderr, done.stderr

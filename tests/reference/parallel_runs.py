@@ -43,6 +43,20 @@ ENGINES = {
     "zero-3-parameters": ("deepspeed", 3, "parameters"),
 }
 METHODS = ("full", "lora")
+ONCE = {"fsdp-2": "lora", "fsdp-3-optimizer": "full", "fsdp-3-parameters": "full", "zero-2": "full",
+        "zero-2-optimizer": "lora", "zero-3-optimizer": "full", "zero-3-parameters": "lora"}  # fmt: skip
+"""The one method that an engine is tried with where not all are: what differs from `ddp`, `fsdp-3` and
+`zero-3`, tried with both, is where it keeps gradients and states, of whatever is trained."""
+
+
+def pairs(*, whole: bool) -> list[tuple[str, str]]:
+    """(engine, method) of several processes. whole: each engine with each method."""
+    return [
+        (engine, method)
+        for method in METHODS
+        for engine in ENGINES
+        if engine != "single" and (whole or ONCE.get(engine, method) == method)
+    ]
 
 
 def batches(step: int) -> list[Batch]:
@@ -182,18 +196,15 @@ def join(local: int, port: int, processes: int) -> Ranks:
     return ranks
 
 
-def run_all(local: int, out: Path, port: int, processes: int) -> None:
-    """One of the processes: every engine and method, from the beginning and from one process's checkpoint."""
+def run_all(local: int, out: Path, port: int, processes: int, wanted: list[tuple[str, str]]) -> None:
+    """One of the processes: engines and methods, from the beginning and from one process's checkpoint."""
     ranks = join(local, port, processes)
     curves = {}
-    for method in METHODS:
+    for engine, method in wanted:
         single = RunFolder(out / f"single-{method}").checkpoint(SAVED)
-        for engine in ENGINES:
-            if engine == "single":
-                continue
-            whole = train(out / f"{engine}-{method}", engine, method, ranks)
-            rest = train(out / f"{engine}-{method}-resumed", engine, method, ranks, single)
-            if ranks.first:
-                curves[f"{engine} {method}"] = {"whole": curve(whole), "resumed": curve(rest)}
-                (out / "curves.json").write_text(json.dumps(curves))
+        whole = train(out / f"{engine}-{method}", engine, method, ranks)
+        rest = train(out / f"{engine}-{method}-resumed", engine, method, ranks, single)
+        if ranks.first:
+            curves[f"{engine} {method}"] = {"whole": curve(whole), "resumed": curve(rest)}
+            (out / "curves.json").write_text(json.dumps(curves))
     end()

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
 from tests.reference.parallel_runs import (
-    ENGINES,
     METHODS,
     PREDICTED,
     SAVED,
     STEPS,
     curve,
+    pairs,
     run_all,
     run_bf16,
     train,
@@ -31,19 +31,21 @@ from tunesmith.train.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
-PARALLEL = [name for name in ENGINES if name != "single"]
-each = pytest.mark.parametrize("engine", PARALLEL)
-both = pytest.mark.parametrize("method", METHODS)
+SOME = pairs(whole=False)
+each = pytest.mark.parametrize(
+    ("engine", "method"),
+    [pytest.param(*pair, marks=() if pair in SOME else pytest.mark.whole) for pair in pairs(whole=True)],
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, whole: bool) -> Path:
     """The runs of one process, then those of two, in folders by engine and method."""
     pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp("parallel")
     for method in METHODS:
         train(out / f"single-{method}", "single", method, Ranks())
-    spawn(run_all, args=(out, free_port(), 2), nprocs=2)
+    spawn(run_all, args=(out, free_port(), 2, pairs(whole=whole)), nprocs=2)
     return out
 
 
@@ -66,7 +68,6 @@ def assert_close(found: dict[str, float], wanted: dict[str, float]) -> None:
 
 
 @each
-@both
 def test_curve_is_that_of_one_process(folder: Path, engine: str, method: str) -> None:
     wanted = curve(RunFolder(folder / f"single-{method}"))
     assert len(wanted) == 2 * STEPS + 3
@@ -75,7 +76,6 @@ def test_curve_is_that_of_one_process(folder: Path, engine: str, method: str) ->
 
 
 @each
-@both
 def test_goes_on_from_a_checkpoint_of_one_process(folder: Path, engine: str, method: str) -> None:
     wanted = curve(RunFolder(folder / f"single-{method}"))
     rest = {key: value for key, value in wanted.items() if int(key.split()[1]) > SAVED}
@@ -84,7 +84,6 @@ def test_goes_on_from_a_checkpoint_of_one_process(folder: Path, engine: str, met
 
 
 @each
-@both
 def test_one_process_goes_on_from_its_checkpoint(
     folder: Path, engine: str, method: str, tmp_path: Path
 ) -> None:
@@ -95,7 +94,6 @@ def test_one_process_goes_on_from_its_checkpoint(
 
 
 @each
-@both
 def test_checkpoint_has_the_files_of_one_process(folder: Path, engine: str, method: str) -> None:
     mine, single = (RunFolder(folder / f"{name}-{method}").checkpoint(SAVED) for name in (engine, "single"))
     assert manifest_holds(mine)
@@ -112,7 +110,6 @@ def test_checkpoint_has_the_files_of_one_process(folder: Path, engine: str, meth
 
 
 @each
-@both
 def test_every_engine_predicts_the_size_of_a_checkpoint(folder: Path, engine: str, method: str) -> None:
     found, single = (
         int((folder / f"{name}-{method}" / PREDICTED).read_text()) for name in (engine, "single")

@@ -28,7 +28,7 @@ from tunesmith.workflows.train_model import adapted, finish
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 7,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -36,25 +36,45 @@ SIZES = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": SIZES | {"model_type": "llama", "vocab_size": 4000, "tie_word_embeddings": True},
     "qwen3": SIZES
-    | {"model_type": "qwen3", "vocab_size": 9000, "head_dim": 32, "tie_word_embeddings": False},
+    | {"model_type": "qwen3", "vocab_size": 5000, "head_dim": 32, "tie_word_embeddings": False},
     "gemma": SIZES | {"model_type": "gemma", "vocab_size": 4000, "head_dim": 32},
     "phi": SIZES | {"model_type": "phi", "vocab_size": 4000, "num_key_value_heads": 4},
 }
+WHOLE = pytest.mark.whole
 CHECKPOINTED, PURE = {"gradient_checkpointing": "full"}, {"precision": "bf16-pure"}
+# kind, method, settings of train, tokens of a document, documents: each value of each in one case at least
 CASES: list[tuple[str, str, dict[str, Any], int, int]] = [
+    ("llama", "full", {"precision": "bf16", "grad_accumulation": 3}, 64, 2),
+    ("llama", "full", {"memory": "smallest", "max_grad_norm": None}, 128, 1),
+    ("llama", "lora", {"gradient_checkpointing": "selective"}, 100, 1),
+    ("qwen3", "qlora", CHECKPOINTED, 128, 1),
+    ("gemma", "full", {}, 100, 2),
+    ("phi", "lora", {}, 64, 2),
+]
+# The same with other values.
+MORE: list[tuple[str, str, dict[str, Any], int, int]] = [
     ("llama", "full", {}, 300, 2),
     ("llama", "full", CHECKPOINTED, 64, 4),
     ("llama", "full", PURE, 128, 1),
-    ("llama", "full", {"precision": "bf16", "grad_accumulation": 3}, 64, 2),
-    ("llama", "full", {"memory": "smallest", "max_grad_norm": None}, 128, 1),
-    ("llama", "lora", {"gradient_checkpointing": "selective"}, 200, 1),
     ("llama", "qlora", {}, 128, 2),
     ("qwen3", "full", {"memory": "low"}, 200, 1),
     ("qwen3", "lora", {"precision": "bf16"}, 128, 2),
     ("qwen3", "qlora", CHECKPOINTED, 300, 1),
-    ("gemma", "full", {}, 100, 1),
-    ("phi", "lora", {}, 100, 2),
 ]
+DEVICES = ("cpu", "cuda")
+
+
+def measured_cases() -> list[Any]:
+    return [*(pytest.param(*case) for case in CASES), *(pytest.param(*case, marks=WHOLE) for case in MORE)]
+
+
+def carried_cases() -> list[Any]:
+    """Each case on one device, in turns; all on both with the whole."""
+    return [
+        pytest.param(*case[:3], device, marks=() if case in CASES and number % 2 == turn else WHOLE)
+        for turn, device in enumerate(DEVICES)
+        for number, case in enumerate([*CASES, *MORE])
+    ]
 
 
 def recipe_of(method: str, train: dict[str, Any], length: int, documents: int) -> Recipe:
@@ -99,7 +119,7 @@ def followed(recipe: Recipe, config: Any, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "train", "length", "documents"), CASES, ids=lambda value: str(value)[:40]
+    ("kind", "method", "train", "length", "documents"), measured_cases(), ids=lambda value: str(value)[:40]
 )
 def test_the_planned_peak_is_the_real_steps(
     kind: str, method: str, train: dict[str, Any], length: int, documents: int
@@ -130,14 +150,13 @@ def test_a_plan_leaves_nothing_that_a_real_step_would_meet(tmp_path: Path, train
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("kind", "method", "train"), [case[:3] for case in CASES], ids=str)
+@pytest.mark.parametrize(("kind", "method", "train", "device"), carried_cases(), ids=str)
 def test_a_few_layers_carried_on_are_all_of_them(
     kind: str, method: str, train: dict[str, Any], device: Literal["cpu", "cuda"]
 ) -> None:
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
-    config = AutoConfig.for_model(**CONFIGS[kind] | {"num_hidden_layers": 9})
+    config = AutoConfig.for_model(**CONFIGS[kind] | {"num_hidden_layers": 7})
     recipe = recipe_of(method, train, 64, 2)
     work = Work(batch=full_batch(64, 2), eval_batch=full_batch(80, 1), sample_tokens=20)
     whole, carried = (

@@ -12,24 +12,34 @@ import torch
 from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM
 
-from tests.reference.plan_runs import CASES, PROCESSES, batch_of, config_of, measure_all, recipe_of
+from tests.reference.plan_runs import CASES, MORE, PROCESSES, batch_of, config_of, measure_all, recipe_of
 from tunesmith.plan.timeline import Category
+from tunesmith.train.deepspeed_engine import BUCKET_ELEMENTS
 from tunesmith.workflows.plan_memory import MemoryPlan, plan_memory
 from tunesmith.workflows.plan_step import Work
 
 pytestmark = pytest.mark.slow
+WHOLE = pytest.mark.whole
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What was measured in each process, by case."""
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What was measured in each process, by case, of the cases that are asked for."""
     pytest.importorskip("deepspeed")
+    wanted = {item.callspec.params.get("case") for item in _with_cases(request.session.items)}
+    cases = tuple(case for case in (*CASES, *MORE) if case in wanted)
     out = tmp_path_factory.mktemp("measured")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(measure_all, args=(out, port, CASES), nprocs=PROCESSES)
+    spawn(measure_all, args=(out, port, cases), nprocs=PROCESSES)
     return [json.loads((out / f"measured-{rank}.json").read_text()) for rank in range(PROCESSES)]
+
+
+def _with_cases(items: list[pytest.Item]) -> list[Any]:
+    return [item for item in items if item.path.samefile(__file__) and hasattr(item, "callspec")]
 
 
 def planned(case: str, device: Literal["cpu", "cuda"] = "cpu", **changes: Any) -> MemoryPlan:
@@ -54,14 +64,16 @@ def shard_bytes(case: str, processes: int) -> list[int]:
     return [math.ceil(len(p) / processes) * (p.numel() // len(p)) * 4 for p in model.parameters()]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=WHOLE) for case in MORE)])
 def test_predicted_peak_is_within_3_percent(case: str, measured: list[dict[str, Any]]) -> None:
     found = max(rank[case]["bytes"] for rank in measured)
     plan = planned(case)
-    assert abs(plan.live_bytes / found - 1) <= 0.03, (plan.live_bytes, found, plan.binding)
+    # DeepSpeed's bucket has one size, and would hide what differs beside it.
+    bucket = 4 * BUCKET_ELEMENTS if case.startswith("zero") else 0
+    assert abs(plan.live_bytes - found) <= 0.03 * (found - bucket), (plan.live_bytes, found, plan.binding)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 64])
+@pytest.mark.parametrize("processes", [3, *(pytest.param(count, marks=WHOLE) for count in (2, 64))])
 def test_each_process_keeps_its_shards_and_their_states(processes: int) -> None:
     plan = planned("fsdp-3 full fp32", hardware={"processes": processes})
     shards = shard_bytes("fsdp-3 full fp32", processes)
@@ -97,8 +109,8 @@ def test_activations_in_host_memory_leave_the_device() -> None:
 def test_a_few_layers_tell_what_all_take() -> None:
     case = "fsdp-3 full fp32"
     recipe, config = recipe_of(case), config_of(case)
-    config.num_hidden_layers = 9
-    config.layer_types = config.layer_types[:1] * 9
+    config.num_hidden_layers = 7
+    config.layer_types = config.layer_types[:1] * 7
     work = Work(batch=batch_of(recipe), eval_batch=batch_of(recipe))
     whole = plan_memory(recipe, config, work, device="cpu", exact=True)
     carried = plan_memory(recipe, config, work, device="cpu", exact=False)

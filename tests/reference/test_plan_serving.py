@@ -16,7 +16,8 @@ from tunesmith.model import cpu_kernels
 from tunesmith.model.config import load_config
 from tunesmith.model.kv_cache import cache_room, weight_bytes
 from tunesmith.model.live_tensors import LiveTensors
-from tunesmith.plan.generation import Generation, generation_peak, shape_of
+from tunesmith.plan.decoder import shape_of
+from tunesmith.plan.generation import Generation, generation_peak
 from tunesmith.plan.model_weights import model_weights
 from tunesmith.plan.serving import gguf_bytes, local_weight_bytes
 from tunesmith.workflows.engine_wants import EngineWants

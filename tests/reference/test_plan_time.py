@@ -21,11 +21,13 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.train.engine import SingleEngine
 from tunesmith.train.objective import Supervised
 from tunesmith.train.speed import speed_up
+from tunesmith.workflows.plan_probe import load_of
 from tunesmith.workflows.plan_step import Work
 from tunesmith.workflows.plan_time import (
     arithmetic_of,
-    load_of,
+    card_step,
     plan_time,
+    probed_step,
     real_steps,
     run_load,
     trace_calls,
@@ -170,8 +172,10 @@ def test_a_run_is_counted_and_its_typical_micro_batch_found() -> None:
 def test_a_plan_by_the_probe_holds_together(tmp_path: Path) -> None:
     given, one = recipe(grad_accumulation=2), batch(128)
     run, typical = run_load(given, 200, lambda step: [one, one], tokens=51200, labels=25600, save_bytes=1000)
-    traced = trace_calls(given, CONFIG, Work(batch=typical), device="cpu")
-    plan = plan_time(given, [traced], run, device="cpu", vocabulary=VOCABULARY, folder=tmp_path)
+    work = Work(batch=typical)
+    traced = trace_calls(given, CONFIG, work, device="cpu")
+    step = probed_step(given, CONFIG, work, traced, run, device="cpu")
+    plan = plan_time(run, step, device="cpu", folder=tmp_path)
     assert plan.source == "probe"
     assert plan.tokens_per_s == pytest.approx(256 / plan.step_s)
     assert plan.flops == round(arithmetic_of(traced, VOCABULARY).flops(load_of(one)) * 400)
@@ -183,11 +187,11 @@ def test_a_plan_by_the_probe_holds_together(tmp_path: Path) -> None:
 def test_real_steps_take_the_place_of_the_sum(tmp_path: Path) -> None:
     given, one = recipe(), batch(128)
     run, _ = run_load(given, 10, lambda step: [one], tokens=1280, labels=640)
-    traced = trace_calls(given, CONFIG, Work(batch=one), device="cpu")
+    work = Work(batch=one)
+    traced = trace_calls(given, CONFIG, work, device="cpu")
+    step = probed_step(given, CONFIG, work, traced, run, device="cpu")
     measured = [([one], seconds) for seconds in real_steps(engine_of(given), [[one]] * 3, max_norm=1.0)]
-    plan = plan_time(
-        given, [traced], run, device="cpu", vocabulary=VOCABULARY, folder=tmp_path, measured=measured
-    )
+    plan = plan_time(run, step, device="cpu", folder=tmp_path, measured=measured)
     assert plan.source == "probe + steps"
     assert plan.step_s == pytest.approx(sorted(seconds for _, seconds in measured)[1])
 
@@ -202,18 +206,18 @@ def test_real_steps_at_a_learning_rate_of_zero_leave_the_weights(tmp_path: Path)
 def test_a_card_from_the_table_needs_no_machine() -> None:
     given, one = recipe(precision="bf16"), batch(128)
     run, _ = run_load(given, 100, lambda step: [one], tokens=12800, labels=6400)
-    traced = trace_calls(given, CONFIG, Work(batch=one), device="cuda")
+    # So large that arithmetic takes longer than starting its kernels.
+    large = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, vocab_size=VOCABULARY)
+    traced = trace_calls(given, large, Work(batch=one), device="cuda")
     slow, fast = (
         plan_time(
-            given,
-            [traced],
             run,
+            card_step(traced, card, VOCABULARY),
             device="cuda",
-            vocabulary=VOCABULARY,
-            card=card_named(name),
+            card=card,
             price_per_hour=2.0,
         )
-        for name in ("t4", "a100-80")
+        for card in map(card_named, ("t4", "a100-80"))
     )
     assert slow.source == fast.source == "card table"
     assert slow.total_s > fast.total_s

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from tunesmith.cli.main import print_json
+from tunesmith.core.errors import UserError
 from tunesmith.core.progress import say
 
 app = typer.Typer(add_completion=False)
@@ -20,6 +21,8 @@ EXAMPLES = """Examples:
 tunesmith doctor
 
 tunesmith doctor --target ubuntu@10.0.0.5
+
+tunesmith doctor --cluster cluster.yaml
 
 tunesmith doctor --record facts.json
 
@@ -36,11 +39,18 @@ def doctor(
     record: Path | None = typer.Option(None, help="Keep what was found in this file, secrets masked."),
     target: str | None = typer.Option(None, metavar="USER@HOST[:PORT]", help="Look at another host, by ssh."),
     ssh_key: Path | None = typer.Option(None, help="Private key for --target. Default: as ssh finds it."),
+    cluster: Path | None = typer.Option(
+        None, help="Look at all hosts of this cluster file, and at what they need together."
+    ),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Look this host over. Nothing is changed, and no root is needed. Exit code 1 when a check fails."""
     from tunesmith.workflows.doctor import doctor as run
 
+    if cluster is not None:
+        _refuse_beside_cluster(facts=facts, record=record, target=target, ssh_key=ssh_key)
+        _doctor_cluster(cluster, json)
+        return
     found = run(facts=facts, target=target, ssh_key=ssh_key, record=record)
     if json:
         print_json(found.as_dict())
@@ -48,6 +58,30 @@ def doctor(
         _show(found.host, found.as_dict())
     if record is not None:
         say(f"recorded in {record}")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _refuse_beside_cluster(**given: object) -> None:
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if named:
+        raise UserError(f"--cluster with {', '.join(named)}", hint="the cluster file names hosts and keys")
+
+
+def _doctor_cluster(path: Path, json: bool) -> None:
+    from tunesmith.workflows.doctor_cluster import doctor_cluster
+
+    found = doctor_cluster(path)
+    if json:
+        print_json(found.as_dict())
+    else:
+        for host in found.as_dict()["hosts"]:
+            if host["error"] is None:
+                _show(f"{host['host']}  {host['distro']}", host)
+            else:
+                typer.echo(f"{host['host']}\n\nerror: {host['error']}")
+            typer.echo()
+        _show("the hosts together", found.as_dict())
     if not found.ok:
         raise typer.Exit(1)
 

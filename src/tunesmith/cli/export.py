@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -11,6 +11,9 @@ from tunesmith.cli.main import print_json
 from tunesmith.core.errors import UserError
 from tunesmith.core.loading import first_load
 from tunesmith.core.units import bytes_text
+
+if TYPE_CHECKING:
+    from tunesmith.workflows.export import ExportResult
 
 app = typer.Typer(add_completion=False)
 
@@ -23,19 +26,24 @@ tunesmith export runs/orders --to adapter --checkpoint 500 --output my-adapter
 tunesmith export runs/orders --to gguf --quant q8_0
 
 tunesmith export runs/orders --to awq --group-size 64
+
+tunesmith export s3://bucket/runs/orders --to merged --output s3://bucket/models/orders
 """
 
 
 @app.command(epilog=EXAMPLES)
 def export(
     run: str = typer.Argument(
-        metavar="RUN|MODEL", help="The run folder; for gguf also whatever model.path of a recipe takes."
+        metavar="RUN|MODEL",
+        help="The run folder or its URL; for gguf also whatever model.path of a recipe takes.",
     ),
     to: Literal["adapter", "merged", "gguf", "int8", "awq"] = typer.Option(
         help="adapter: peft's two files; merged: a plain transformers model; gguf: one file for llama.cpp, "
         "with a Modelfile for Ollama; int8, awq: linear layers of 8 or 4 bits, for vLLM."
     ),
-    output: Path | None = typer.Option(None, help="New folder to write; default: export/ in the run folder."),
+    output: str | None = typer.Option(
+        None, help="New folder to write, or its URL in an object store; default: export/ in the run folder."
+    ),
     checkpoint: int | None = typer.Option(None, help="Step of the checkpoint; default: the newest."),
     dtype: Literal["fp32", "bf16", "fp16"] | None = typer.Option(
         None, help="Number format of merged weights, and of what int8 and awq leave; default: the base's."
@@ -60,6 +68,7 @@ def export(
         from tunesmith.workflows.export import export_run
         from tunesmith.workflows.export_gguf import export_gguf
         from tunesmith.workflows.export_quantised import export_quantised
+        from tunesmith.workflows.export_store import export_anywhere
 
     if to == "gguf":
         _refuse("--dtype", dtype, "the format of GGUF weights is --quant")
@@ -67,15 +76,18 @@ def export(
         _refuse("--quant", quant, "only --to gguf has formats of that kind; take --dtype")
     if to != "awq":
         _refuse("--group-size", group_size, "only --to awq has groups to choose")
-    if to == "gguf":
-        done = export_gguf(run, quant=quant, output=output, checkpoint=checkpoint).as_dict()
-    elif to == "adapter" or to == "merged":
-        done = export_run(Path(run), to, output=output, checkpoint=checkpoint, dtype=dtype).as_dict()
-    else:
-        result = export_quantised(
-            Path(run), to, output=output, checkpoint=checkpoint, dtype=dtype, group_size=group_size
+
+    def write(path: str, folder: Path | None) -> ExportResult:
+        if to == "gguf":
+            return export_gguf(path, quant=quant, output=folder, checkpoint=checkpoint)
+        if to == "adapter" or to == "merged":
+            return export_run(Path(path), to, output=folder, checkpoint=checkpoint, dtype=dtype)
+        return export_quantised(
+            Path(path), to, output=folder, checkpoint=checkpoint, dtype=dtype, group_size=group_size
         )
-        done = result.as_dict()
+
+    default = f"gguf/{quant or 'own'}" if to == "gguf" else to
+    done = export_anywhere(run, output, write, default=default, checkpoint=checkpoint)
     if json:
         print_json(done)
         return

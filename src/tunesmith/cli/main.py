@@ -67,7 +67,7 @@ EXTRA_OF = {
     "bitsandbytes": "qlora", "deepspeed": "deepspeed", "liger_kernel": "kernels",
     "jupyterlab": "host", "fastapi": "serve", "uvicorn": "serve", "openai": "serve",
     "llguidance": "serve", "msgpack": "serve", "prometheus_client": "serve",
-    "xllamacpp": "llamacpp",
+    "xllamacpp": "llamacpp", "ray": "cluster", "s3fs": "s3",
 }  # fmt: skip
 
 USAGE = """\

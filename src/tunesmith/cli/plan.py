@@ -12,9 +12,11 @@ from tunesmith.cli.data import print_row
 from tunesmith.cli.main import print_json
 from tunesmith.core.errors import UserError
 from tunesmith.core.loading import first_load
+from tunesmith.core.progress import say
 
 if TYPE_CHECKING:
     from tunesmith.workflows.plan import RunPlan
+    from tunesmith.workflows.plan_tables import CardTable
 
 app = typer.Typer(add_completion=False)
 
@@ -62,6 +64,7 @@ def plan(
     _check(recipe, table=table, card_table=card_table, facts=facts)
     if markdown is not None and facts is None:
         raise UserError(f"tunesmith plan: --markdown {markdown} without --facts", hint="leave it out")
+    say(f"plan {facts or recipe or 'the card table'}")
     with first_load("torch"):
         from tunesmith.workflows.import_xtuner import recipe_for
         from tunesmith.workflows.plan_recipe import PlanOptions, find_case, plan_recipe
@@ -71,7 +74,10 @@ def plan(
     if facts is not None:
         _print_facts(facts, markdown, json)
     elif card_table:
-        _print_table(make_card_table(), json)
+        chart = make_card_table()
+        _print_table(chart, json)
+        if not json:
+            _print_needs(chart)
     else:
         assert recipe is not None
         options = PlanOptions(
@@ -89,7 +95,8 @@ def _check(recipe: Path | None, *, table: bool, card_table: bool, facts: Path | 
     wholes = {"--card-table": card_table, "--facts": facts is not None}
     given = [name for name, wanted in {"--table": table, **wholes}.items() if wanted]
     if len(given) > 1:
-        raise UserError(f"tunesmith plan: {' and '.join(given)} at a time", hint="ask for one of them")
+        both = " and ".join(given)
+        raise UserError(f"tunesmith plan: {both}: one of them at a time", hint="leave the other out")
     alone = next((name for name, wanted in wholes.items() if wanted), None)
     if alone is None and recipe is None:
         raise UserError("tunesmith plan: a recipe is missing", hint="tunesmith plan recipe.yaml")
@@ -107,8 +114,15 @@ def _print_table(found: Any, as_json: bool) -> None:
         typer.echo(line)
 
 
+def _print_needs(chart: CardTable) -> None:
+    from tunesmith.workflows.plan_view import table
+
+    typer.echo(f"\nGiB that each needs at {chart.length} tokens, without CUDA's context:\n")
+    for line in table(chart.need_cells()):
+        typer.echo(line)
+
+
 def _print_facts(path: Path, markdown: Path | None, as_json: bool) -> None:
-    from tunesmith.core.progress import say
     from tunesmith.workflows.plan_facts import plan_facts
 
     found = plan_facts(path, table=markdown, progress=say)

@@ -34,6 +34,8 @@ tunesmith setup --registry-mirror https://your.mirror --data-root /data/docker
 
 tunesmith setup --target ubuntu@10.0.0.5 --target ubuntu@10.0.0.6 --yes
 
+tunesmith setup --cluster cluster.yaml --dry-run
+
 tunesmith setup --bundle /media/usb/bundle
 
 tunesmith setup --script setup.sh
@@ -48,6 +50,7 @@ def setup(
         None, help="user@host[:port] over ssh, or @chroot/DIR; repeat it for several. Default: this host."
     ),
     inventory: Path | None = typer.Option(None, help="YAML file with hosts: host, user, port, key."),
+    cluster: Path | None = typer.Option(None, help="Cluster file: all of its hosts."),
     ssh_key: Path | None = typer.Option(
         None, help="Private key for --target. Default: ssh agent and ~/.ssh."
     ),
@@ -97,7 +100,7 @@ def setup(
         toolkit_mirror=toolkit_mirror,
         bundle=bundle,
     )
-    where = Where(tuple(target or ()), inventory, ssh_key, facts)
+    where = Where(tuple(target or ()), inventory, ssh_key, facts, cluster)
     password = typer.prompt("sudo password", hide_input=True, err=True) if ask_sudo_password else None
     hosts = run(
         where,

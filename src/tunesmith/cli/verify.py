@@ -61,7 +61,7 @@ def resume(
     'parity runs/orders --url https://example.org --api-key "$KEY" --rows 32'
 )
 def parity(
-    run: Path = typer.Argument(metavar="RUN", help="The run folder."),
+    run: str = typer.Argument(metavar="RUN", help="The run folder, or its URL."),
     url: str = typer.Option(..., help="Address of the endpoint; ours, vLLM's or another."),
     api_key: str | None = typer.Option(
         None, envvar="TUNESMITH_API_KEY", show_envvar=True, help="Key that the endpoint asks for."

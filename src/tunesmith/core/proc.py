@@ -16,6 +16,7 @@ from typing import IO
 from tunesmith.core.errors import TunesmithError, UserError
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+LAUNCHER = "TUNESMITH_LAUNCHER"  # variable of a training's process: pid of the one that started it
 
 Process = subprocess.Popen[bytes]
 
@@ -115,6 +116,18 @@ def start_linked(args: Sequence[str], *, link: int, env: Mapping[str, str] | Non
         stdout=2,
         pass_fds=(link,),
         process_group=0,
+    )
+
+
+def start_piped(args: Sequence[str]) -> Process:
+    """Start a program whose stdin, stdout and stderr are pipes of ours; Ctrl-C here does not reach it.
+
+    Raises UserError when the program is not installed.
+    """
+    _check_installed(args[0])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        list(args), bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
     )
 
 

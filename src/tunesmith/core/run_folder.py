@@ -59,7 +59,7 @@ class RunFolder:
         return self.path / "export" / "merged"
 
     def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:06d}"
+        return self.checkpoints / checkpoint_name(step)
 
     def saved_checkpoints(self) -> list[Path]:
         """The checkpoints that have a manifest, oldest first, unread: one of them may be harmed."""
@@ -73,6 +73,11 @@ class RunFolder:
     def latest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; damaged newer ones are passed over."""
         return next((path for path in reversed(self.saved_checkpoints()) if manifest_holds(path)), None)
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of a checkpoint."""
+    return f"step-{step:06d}"
 
 
 def is_run(path: Path) -> bool:
@@ -89,19 +94,30 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def write_manifest(folder: Path, **fields: Any) -> None:
-    """Write `manifest.json` of a folder: `fields`, and size and SHA-256 of every other file in it."""
+def manifest_of(folder: Path, **fields: Any) -> dict[str, Any]:
+    """The manifest of a folder: `fields`, and size and SHA-256 of every file but an earlier manifest."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_json(folder / MANIFEST, fields | {"files": files})
+    return fields | {"files": files}
+
+
+def write_manifest(folder: Path, **fields: Any) -> None:
+    """Write `manifest.json` of a folder: `manifest_of` it."""
+    write_json(folder / MANIFEST, manifest_of(folder, **fields))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder; None where there is none, or a damaged one."""
+    return read_object(folder / MANIFEST)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

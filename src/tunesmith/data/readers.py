@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 from tunesmith.core.errors import UserError
 from tunesmith.core.hub_cache import fetched_folder
 from tunesmith.core.paths import sha256_file, sha256_json
+from tunesmith.core.store import is_url, join
+from tunesmith.core.store_cache import fetch
 from tunesmith.recipe.schema import Source
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
@@ -54,6 +56,8 @@ def open_source(source: Source, place: str) -> list[RowFile]:
 
     Raises UserError when there is no such path, nothing readable in it, or a suffix that is not supported.
     """
+    if is_url(source.path):
+        return _stored(source, place)
     path = Path(source.path).expanduser()
     try:
         if path.is_dir():
@@ -68,6 +72,24 @@ def open_source(source: Source, place: str) -> list[RowFile]:
             f"{place}.path: '{source.path}' does not exist (looked in {Path.cwd()})", hint="check the path"
         )
     return [_hub(source, place)]
+
+
+def _stored(source: Source, place: str) -> list[RowFile]:
+    """What lies in an object store goes by its URL, wherever on this machine it has been brought."""
+    try:
+        here = fetch(source.path)
+    except UserError as error:
+        raise UserError(f"{place}.path: {error.what}", hint=error.hint) from None
+    try:
+        files = open_source(source.model_copy(update={"path": str(here)}), place)
+    except UserError as error:
+        raise UserError(error.what.replace(str(here), source.path), hint=error.hint) from None
+    return [replace(file, name=_url_of(file, here, source.path)) for file in files]
+
+
+def _url_of(file: RowFile, here: Path, url: str) -> str:
+    below = Path(file.name).relative_to(here).as_posix()
+    return url if below == "." else join(url, below)
 
 
 def _folder(path: Path, source: Source, place: str) -> list[RowFile]:

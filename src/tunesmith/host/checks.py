@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tunesmith.core.checks import Check
 from tunesmith.host.checks_containers import abi, docker_shm, image_recipe, jupyter_token
 from tunesmith.host.checks_docker import (
     docker,
@@ -12,7 +13,7 @@ from tunesmith.host.checks_docker import (
     docker_version,
 )
 from tunesmith.host.checks_driver import driver, driver_cuda, driver_library
-from tunesmith.host.checks_host import Check, Host
+from tunesmith.host.checks_host import Host
 from tunesmith.host.checks_system import (
     cpu,
     disk,

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
+from tunesmith.core.checks import Check, Topic
 from tunesmith.host.checks_host import (
     CONTAINER_GPUS,
     CONTAINER_SHM,
@@ -13,9 +14,7 @@ from tunesmith.host.checks_host import (
     IMAGE_DIGESTS,
     IMAGE_HISTORY,
     IMAGE_LABELS,
-    Check,
     Host,
-    Topic,
 )
 from tunesmith.host.facts import plain
 

@@ -6,6 +6,7 @@ import re
 import shlex
 from datetime import UTC, datetime
 
+from tunesmith.core.checks import Check, Topic
 from tunesmith.host.checks_fixes import (
     RESTART,
     install_docker,
@@ -21,9 +22,7 @@ from tunesmith.host.checks_host import (
     DOCKER_ROOT,
     HOOKS,
     SNAP,
-    Check,
     Host,
-    Topic,
     dotted,
     first_line,
 )

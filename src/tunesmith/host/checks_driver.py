@@ -6,14 +6,13 @@ import re
 import shlex
 from collections.abc import Iterator
 
+from tunesmith.core.checks import Check, Topic
 from tunesmith.host.checks_fixes import REBOOT, blacklist_nouveau, enrol_key, hold_driver, install_driver
 from tunesmith.host.checks_host import (
     COMPAT,
     IMAGE_ENV,
     SECURE_BOOT,
-    Check,
     Host,
-    Topic,
     Version,
     dotted,
     first_line,

@@ -1,4 +1,4 @@
-"""What the facts of a host say about its GPU, its docker and its containers; and the shape of a check.
+"""What the facts of a host say about its GPU, its docker and its containers.
 
 The command strings here are the probes of `doctor`, to the letter: a facts file is found by them.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from tunesmith.host.distro import Distro, read_distro
 from tunesmith.host.facts import TIMED_OUT, UNKNOWN, Answer, Facts, plain
@@ -47,7 +47,6 @@ CONTAINER_START = (
 )
 CONTAINERS = "docker ps --format '{{.Names}}'"
 
-Status = Literal["ok", "warn", "fail", "skip"]
 GpuState = Literal["ok", "dead", "none"]
 DockerState = Literal["ok", "missing", "down", "denied", "hung", "podman"]
 Version = tuple[int, ...]
@@ -59,52 +58,6 @@ CUDA_OF_BRANCH = {
     535: (12, 2), 545: (12, 3), 550: (12, 4), 555: (12, 5), 560: (12, 6), 565: (12, 7), 570: (12, 8),
     575: (12, 9), 580: (13, 0), 590: (13, 1),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Check:
-    """One judgement. `found`: what is there; `why`: why it matters; `fix`: lines to run, in order, as root.
-
-    A line of `fix` that starts with `#` is a note between the commands.
-    """
-
-    id: str
-    title: str
-    status: Status
-    found: str
-    why: str
-    fix: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "title": self.title,
-            "status": self.status,
-            "found": self.found,
-            "why": self.why,
-            "fix": self.fix,
-        }
-
-
-@dataclass(frozen=True)
-class Topic:
-    """What a check is about, and why it matters."""
-
-    id: str
-    title: str
-    why: str
-
-    def ok(self, found: str) -> Check:
-        return Check(self.id, self.title, "ok", found, self.why)
-
-    def skip(self, found: str) -> Check:
-        return Check(self.id, self.title, "skip", found, self.why)
-
-    def warn(self, found: str, fix: list[str], why: str = "") -> Check:
-        return Check(self.id, self.title, "warn", found, f"{self.why} {why}".strip(), fix)
-
-    def fail(self, found: str, fix: list[str], why: str = "") -> Check:
-        return Check(self.id, self.title, "fail", found, f"{self.why} {why}".strip(), fix)
 
 
 @dataclass(frozen=True)

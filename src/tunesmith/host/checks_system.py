@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
+from tunesmith.core.checks import Check, Topic
 from tunesmith.core.units import bytes_text
 from tunesmith.host.checks_fixes import delete_old_sources, install_toolkit_offline, vault
 from tunesmith.host.checks_host import (
@@ -12,9 +13,7 @@ from tunesmith.host.checks_host import (
     GETENFORCE,
     HOOKS,
     IMAGE_SIZE,
-    Check,
     Host,
-    Topic,
     first_line,
 )
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.run_folder import RunFolder, is_run
+from tunesmith.core.store import is_url
+from tunesmith.core.store_cache import fetch
 from tunesmith.hub.builtin import BUILTIN, builtin_model
 from tunesmith.hub.gguf_file import is_gguf, model_from_gguf
 from tunesmith.hub.lock import read_lock
@@ -33,7 +36,8 @@ def resolve_model(
     progress: bool = True,
     _depth: int = 0,
 ) -> ModelFiles:
-    """The files of `path`: a model, adapter or run folder, a GGUF file, the built-in name, or a hub id.
+    """The files of `path`: a model, adapter or run folder, a GGUF file, the URL of one of these in an object
+    store, the built-in name, or a hub id.
 
     A path that exists is taken first. Brings, converts or makes what is not here yet. Raises UserError
     (or TunesmithError for the network) that names what is missing and what to do.
@@ -41,6 +45,8 @@ def resolve_model(
     if _depth > DEPTH:
         raise UserError(f"{path}: runs or adapters name each other as their base in a circle")
     again = partial(resolve_model, endpoints=endpoints, offline=offline, progress=progress, _depth=_depth + 1)
+    if is_url(path):
+        return replace(again(str(fetch(path))), origin=path)
     local = Path(path).expanduser().absolute()
     if local.is_file():
         return _file(local, progress=progress)
@@ -132,6 +138,8 @@ def _adapter(folder: Path, again: Resolve) -> ModelFiles:
 
 def _moved(origin: str) -> str:
     """A base in another machine's cache: the built-in model is the same everywhere."""
+    if is_url(origin):
+        return origin
     path = Path(origin).expanduser()
     return BUILTIN if not path.exists() and path.name == BUILTIN else origin
 

@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tunesmith.model.quant import product_of_four_bits
+
 ATEN = torch.ops.aten
 # What stands in for a matrix product: zeros of its shape and format.
 PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     ATEN.mm.default: lambda a, b: a.new_zeros(a.shape[0], b.shape[1]),
+    ATEN.mm.out: lambda a, b, out: out.zero_(),
     ATEN.bmm.default: lambda a, b: a.new_zeros(a.shape[0], a.shape[1], b.shape[2]),
-    ATEN.addmm.default: lambda onto, a, b: a.new_zeros(a.shape[0], b.shape[1]),
-    ATEN.addmm_.default: lambda onto, a, b: onto,
+    ATEN.baddbmm.default: lambda onto, a, b, **_: a.new_zeros(a.shape[0], a.shape[1], b.shape[2]),
+    ATEN.addmm.default: lambda onto, a, b, **_: a.new_zeros(a.shape[0], b.shape[1]),
+    ATEN.addmm_.default: lambda onto, a, b, **_: onto,
 }
 
 
@@ -42,8 +46,11 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        make = None if self.products else PRODUCTS.get(func)
-        out = make(*args) if make and not kwargs else func(*args, **(kwargs or {}))
+        if func.name() == "bitsandbytes::gemm_4bit":
+            with self:
+                return product_of_four_bits(*args, **(kwargs or {}))
+        make = func if self.products else PRODUCTS.get(func, func)
+        out = make(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self.track(value, func.name().removeprefix("aten::"))

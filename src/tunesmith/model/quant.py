@@ -90,3 +90,24 @@ def load_bitsandbytes() -> Any:
     for is_there in (peft.import_utils.is_bnb_available, peft.import_utils.is_bnb_4bit_available):
         is_there.cache_clear()
     return found
+
+
+def product_of_four_bits(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """What bitsandbytes' operation `gemm_4bit` computes, in the steps of which it consists on a CPU, as
+    operations that can be followed one by one: the whole weight for a moment, and a product with it."""
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+    product: torch.Tensor = _gemm_4bit_default_impl(*args, **kwargs)
+    return product
+
+
+def four_bit_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Of a layer of four bits its weight and the constants that belong to it; of another none."""
+    weight = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if not isinstance(weight, torch.Tensor) or state is None:
+        return []
+    nested = getattr(state, "state2", None)
+    found = [weight, state.absmax, state.code, getattr(state, "offset", None)]
+    found += [nested.absmax, nested.code] if nested is not None else []
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]

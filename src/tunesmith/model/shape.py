@@ -65,6 +65,16 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 def has_equal_layers(config: Any, *, trust_remote_code: bool = False) -> bool:
     """True for a model whose decoder layers have the same weights each, in number and shape."""
+    key = config.to_json_string(), trust_remote_code
+    if key not in _EQUAL:
+        _EQUAL[key] = _has_equal_layers(config, trust_remote_code)
+    return _EQUAL[key]
+
+
+_EQUAL: dict[tuple[str, bool], bool] = {}
+
+
+def _has_equal_layers(config: Any, trust_remote_code: bool) -> bool:
     layers = decoder_layers(meta_model(config, torch.bfloat16, trust_remote_code=trust_remote_code))
     kinds = {tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}
     return len(kinds) == 1
@@ -124,41 +134,42 @@ def _state(kind: Any, weight: Tensor, double_quant: bool) -> Any:
     )
 
 
-def make_fake(model: nn.Module) -> None:
-    """Put a fake tensor of the CPU in place of every meta tensor. Call it under FakeTensorMode."""
+def make_fake(model: nn.Module, device: str = "cpu") -> None:
+    """Put a tensor of `device` in place of every meta tensor: a fake one under FakeTensorMode, else one that
+    holds whatever lay there."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = _fake_parameter(parameter, made)
+                module._parameters[name] = _fake_parameter(parameter, made, device)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = _fake(buffer)
+                module._buffers[name] = _fake(buffer, device)
         # transformers' rotary embedding keeps its table under two names, one of them no buffer.
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
-                setattr(module, name, _fake(value))
+                setattr(module, name, _fake(value, device))
 
 
-def _fake_parameter(parameter: nn.Parameter, made: dict[int, Any]) -> Any:
+def _fake_parameter(parameter: nn.Parameter, made: dict[int, Any], device: str) -> Any:
     """The same one for weights that are tied."""
     if id(parameter) not in made:
-        fake = nn.Parameter(_fake(parameter), requires_grad=parameter.requires_grad)
+        fake = nn.Parameter(_fake(parameter, device), requires_grad=parameter.requires_grad)
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            _fake_state(state)
+            _fake_state(state, device)
             fake.quant_state = state  # type: ignore[attr-defined]
         made[id(parameter)] = parameter, fake
     return made[id(parameter)][1]
 
 
-def _fake_state(state: Any) -> None:
+def _fake_state(state: Any, device: str) -> None:
     for part in (state, state.state2):
         for name in ("absmax", "code", "offset"):
             value = getattr(part, name, None) if part is not None else None
             if value is not None:
-                setattr(part, name, _fake(value))
+                setattr(part, name, _fake(value, device))
 
 
-def _fake(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+def _fake(tensor: Tensor, device: str) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

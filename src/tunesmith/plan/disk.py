@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -195,3 +196,18 @@ def _device(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return os.stat(folder).st_dev
+
+
+def write_rate(folder: Path, num_bytes: int = 32 << 20) -> float:
+    """Bytes a second at which a file is written to `folder` and is safe there; the file is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, block = folder / ".write-rate", bytes(1 << 20)
+    began = time.perf_counter()
+    try:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(num_bytes // len(block)):
+                file.write(block)
+            os.fsync(file.fileno())
+        return num_bytes / (time.perf_counter() - began)
+    finally:
+        path.unlink(missing_ok=True)

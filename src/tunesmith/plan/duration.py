@@ -8,8 +8,9 @@ from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from tunesmith.core.units import duration_text
+from tunesmith.plan.scale import NOTHING_SENT, Exchange
 
-Kind = Literal["matmul", "attention", "dequantise", "optimizer", "memory", "none"]
+Kind = Literal["matmul", "attention", "dequantise", "optimizer", "memory", "message", "none"]
 Source = Literal["probe", "probe + steps", "card table", "card table + steps"]
 
 # Between what times the prediction a measured step lies, as docs/concepts/plan-time.md explains.
@@ -23,7 +24,8 @@ SPREAD: dict[Source, tuple[float, float]] = {
 
 class Operation(NamedTuple):
     """What an operation costs, whatever its device. name: of torch's operator; flops: floating-point
-    operations of its products; num_bytes: read and written; dtype: of its first floating-point operand."""
+    operations of its products; num_bytes: read and written, of a message to other processes those that all
+    have together; dtype: of its first floating-point operand."""
 
     name: str
     kind: Kind
@@ -71,7 +73,8 @@ class Arithmetic:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Forward and backward of one micro-batch, as it was traced: its load, and its seconds on the device."""
+    """Forward and backward of one micro-batch, or forward alone of held-out rows: its load, and its
+    seconds on the device."""
 
     load: Load
     seconds: float
@@ -79,22 +82,18 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """The parts of a step. passes: of one or more micro-batches of different size; update_s: clipping and the
-    optimizer; evaluate: a forward pass over held-out rows, None without."""
+    """The parts of a step. one: a micro-batch; update_s: clipping and the optimizer; evaluate: a forward pass
+    over held-out rows, None without; exchange: what several processes send each other."""
 
     arithmetic: Arithmetic
-    passes: Sequence[Pass]
+    one: Pass
     update_s: float
     evaluate: Pass | None = None
+    exchange: Exchange = NOTHING_SENT
 
     def pass_s(self, load: Load) -> float:
-        """Seconds of a micro-batch: on the line through the two traced ones whose arithmetic differs most,
-        or in proportion to its arithmetic where all are alike."""
-        points = sorted((self.arithmetic.flops(p.load), p.seconds) for p in self.passes)
-        (low, low_s), (high, high_s), flops = points[0], points[-1], self.arithmetic.flops(load)
-        if high < 1.1 * low or flops < low:
-            return low_s * flops / low
-        return low_s + (high_s - low_s) / (high - low) * (flops - low)
+        """Seconds of a micro-batch, in proportion to its arithmetic."""
+        return self.one.seconds * self.arithmetic.flops(load) / self.arithmetic.flops(self.one.load)
 
 
 # -- a run ---------------------------------------------------------------------------------------------------
@@ -104,8 +103,8 @@ class StepTime:
 class RunLoad:
     """What a run does. steps: optimizer steps; passes: micro-batches of one process; load: of all passes of
     all processes together; processes: among which they are shared; evaluations: how often, each of
-    `eval_load`; saves: checkpoints of `save_bytes`; start_bytes:
-    read before the first step."""
+    `eval_load`; saves: checkpoints of `save_bytes`; start_bytes: read before the first step; largest: the
+    micro-batch that is tried then, None for the mean one."""
 
     steps: int
     passes: int
@@ -116,11 +115,13 @@ class RunLoad:
     saves: int = 0
     save_bytes: int = 0
     start_bytes: int = 0
+    largest: Load | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimePlan:
     """Predicted seconds. step_s: of the mean optimizer step, which lies between low_s and high_s (SPREAD);
+    sent_s: of it, waiting for messages of other processes;
     train_s: of all steps; total_s: with evaluations, checkpoints and start, sampled answers left out; flops:
     of all steps; source: what the prediction comes from; factor: of real steps over the sum of their
     operations; cost: at the given price."""
@@ -140,6 +141,7 @@ class TimePlan:
     factor: float = 1.0
     disk_bytes_per_s: float = 0.0
     price_per_hour: float | None = None
+    sent_s: float = 0.0
 
     @property
     def cost(self) -> float | None:
@@ -180,14 +182,15 @@ def plan_run_time(
     if run.steps < 1 or run.passes < 1 or disk_bytes_per_s <= 0:
         raise ValueError(f"{run.steps} steps of {run.passes} passes, {disk_bytes_per_s} bytes/s")
     mean = run.load.times(1 / (run.passes * run.processes))
-    step_s = factor * (run.passes / run.steps * step.pass_s(mean) + step.update_s)
-    largest = max(step.passes, key=lambda one: one.load.tokens)
+    pass_s, passes = factor * step.pass_s(mean), run.passes / run.steps
+    sent_s = step.exchange.waited_s(passes, pass_s)
+    step_s = passes * pass_s + factor * step.update_s + sent_s
     parts = {
         "train_s": run.steps * step_s,
         "eval_s": factor * run.evaluations * _evaluation_s(step, run),
         "save_s": run.saves * run.save_bytes / disk_bytes_per_s,
         # The largest micro-batch is tried before the first step.
-        "start_s": run.start_bytes / disk_bytes_per_s + factor * largest.seconds,
+        "start_s": run.start_bytes / disk_bytes_per_s + factor * step.pass_s(run.largest or mean),
     }
     low, high = SPREAD[source]
     return TimePlan(
@@ -202,6 +205,7 @@ def plan_run_time(
         factor=factor,
         disk_bytes_per_s=disk_bytes_per_s,
         price_per_hour=price_per_hour,
+        sent_s=sent_s,
         **parts,
     )
 

@@ -7,13 +7,12 @@ reason.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import UserError
+from tunesmith.plan.facts_rows import measured, with_numbers
 from tunesmith.plan.facts_serving import predict_serving
 from tunesmith.plan.facts_types import Prediction, Row, Skipped
 from tunesmith.plan.stock import predict_stock
@@ -22,7 +21,9 @@ from tunesmith.plan.stock_native import predict_native
 from tunesmith.plan.stock_sharded import predict_sharded
 
 Answer = Prediction | Skipped
-NEEDED = ("id", "kind")
+KINDS = ("train", "kernel", "serve_hf", "serve_vllm")
+# What a row of sizes that no model has may end in, inside of torch or transformers.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def _serving(row: Row) -> Answer | None:
@@ -41,7 +42,10 @@ PREDICTORS: Sequence[Callable[[Row], Answer | None]] = (
 
 @dataclass(frozen=True)
 class Scored:
-    """What came of one row: a prediction beside the measured peak, in GiB, or why it was skipped."""
+    """What came of one row: a prediction beside the measured peak, in GiB, or why it was skipped.
+
+    assumed: what the row leaves open and was taken to be so.
+    """
 
     id: str
     predicted_gib: float | None = None
@@ -49,6 +53,7 @@ class Scored:
     skipped: str | None = None
     row: Row = field(default_factory=dict)
     detail: dict[str, Any] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     @property
     def error(self) -> float | None:
@@ -60,87 +65,59 @@ class Scored:
     def as_dict(self) -> dict[str, Any]:
         if self.skipped is not None:
             return {"id": self.id, "skipped": self.skipped}
-        return {
+        told = {
             "id": self.id,
             "predicted_gib": self.predicted_gib,
             "measured_gib": self.measured_gib,
             "error": self.error,
         }
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines. Raises UserError naming the first line that is none."""
-    rows = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as text: {error}", hint="name a file of JSON lines") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(_row(line, f"{path}:{number}"))
-    return rows
-
-
-def _row(line: str, place: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error}", hint="one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: {line.strip()[:60]!r} is not a JSON object", hint="one JSON object a line")
-    for name in NEEDED:
-        if not isinstance(row.get(name), str):
-            raise UserError(
-                f"{place}: {name!r} is {row.get(name)!r}, not a text", hint=f"give the row its {name}"
-            )
-    return row
-
-
-def measured(row: Row) -> float | Skipped:
-    """The measured peak in GiB, or why there is none."""
-    if row.get("outcome") not in (None, "ok"):
-        return Skipped(f"no measured peak: the outcome is {row['outcome']}")
-    peak = row.get("peak_gib")
-    if peak is None:
-        return Skipped("no measured peak")
-    if isinstance(peak, bool) or not isinstance(peak, int | float) or not peak > 0:
-        return Skipped(f"the measured peak is {peak!r}, not a number of GiB above 0")
-    return float(peak)
+        return told | ({"assumed": list(self.assumed)} if self.assumed else {})
 
 
 def score(row: Row) -> Scored:
     """Predict one row and set it beside what was measured."""
+    row = with_numbers(row)
     peak = measured(row)
     if isinstance(peak, Skipped):
         return Scored(row["id"], skipped=peak.reason, row=row)
     answer = predict(row)
     if isinstance(answer, Skipped):
         return Scored(row["id"], measured_gib=peak, skipped=answer.reason, row=row)
-    return Scored(row["id"], round(answer.gib, 4), peak, row=row, detail=answer.detail)
+    gib = round(answer.gib, 4)
+    return Scored(row["id"], gib, peak, row=row, detail=answer.detail, assumed=answer.assumed)
 
 
 def predict(row: Row) -> Answer:
-    """The first answer of those who know this kind of row and its stack."""
+    """The first answer of those who know this kind of row and its stack. row: `with_numbers`."""
+    if row.get("kind") not in KINDS:
+        told = f"the kind of measurement is {row['kind']!r}" if row.get("kind") else "its kind is not told"
+        return Skipped(f"{told}; known are {', '.join(KINDS)}")
     for known in PREDICTORS:
         try:
             answer = known(row)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            return Skipped(f"the row is not understood: {type(error).__name__}: {error}")
+        except FAULTS as error:
+            told = str(error).strip().partition("\n")[0]
+            return Skipped(f"the row is not understood: {type(error).__name__}: {told}")
         if answer is not None:
             return answer
     return Skipped(f"rows of the kind {row['kind']!r} with this stack are not known")
 
 
 def summary(rows: Sequence[Scored]) -> dict[str, Any]:
-    """What `tunesmith plan --facts` prints: every row, and the median and 90th percentile of |error|."""
+    """What `tunesmith plan --facts` prints: every row, and the median and 90th percentile of |error|.
+
+    repeated_ids: those of several rows, where there are such; each of them is predicted by itself.
+    """
     errors = sorted(abs(row.error) for row in rows if row.error is not None)
-    return {
+    repeated = sorted(name for name, times in Counter(row.id for row in rows).items() if times > 1)
+    told = {
         "rows": [row.as_dict() for row in rows],
         "n": len(errors),
         "skipped": sum(row.skipped is not None for row in rows),
         "median_abs_error": percentile(errors, 0.5),
         "p90_abs_error": percentile(errors, 0.9),
     }
+    return told | ({"repeated_ids": repeated} if repeated else {})
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:

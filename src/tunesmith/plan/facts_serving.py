@@ -15,7 +15,8 @@ from typing import Any
 from tunesmith.core.errors import UserError
 from tunesmith.core.units import GIB
 from tunesmith.plan.cards import card_named
-from tunesmith.plan.facts_types import Prediction, Row, Skipped
+from tunesmith.plan.decoder import Shape
+from tunesmith.plan.facts_types import Prediction, Row, Skipped, Unknown
 from tunesmith.plan.generation import (
     CUBLAS_BYTES,
     CUBLAS_BYTES_HOPPER,
@@ -24,7 +25,6 @@ from tunesmith.plan.generation import (
     VLLM_BLOCK,
     CardKind,
     Generation,
-    Shape,
     VllmRun,
     VllmVersion,
     card_kind,
@@ -80,17 +80,13 @@ EXPERTS_CHOSEN = ("experts_per_token", "num_experts_per_tok", "active_experts", 
 SHORT_PROMPT, SHORT_ANSWER = 16, 50
 
 
-class _Unknown(Exception):
-    """A row whose configuration is not known in full; the message says what is missing."""
-
-
 def predict_serving(row: Row) -> Prediction | Skipped:
     """The peak of a row of kind serve_hf or serve_vllm, from its configuration alone."""
     try:
         _check(row)
         shape = _shape(row)
         return _generate(row, shape) if row.get("kind") == "serve_hf" else _vllm(row, shape)
-    except _Unknown as error:
+    except Unknown as error:
         return Skipped(str(error))
 
 
@@ -98,18 +94,20 @@ def predict_serving(row: Row) -> Prediction | Skipped:
 
 
 def _check(row: Row) -> None:
-    """Raises _Unknown for what follows other rules than those here."""
+    """Raises Unknown for what follows other rules than those here."""
     if row.get("kind") not in ("serve_hf", "serve_vllm"):
-        raise _Unknown(f"kind: '{row.get('kind')}' is not known")
+        raise Unknown(f"kind: '{row.get('kind')}' is not known")
     program = OTHER_PROGRAMS.search(_text(row, "notes", "source"))
     if program:
-        raise _Unknown(f"{program.group()}: its rules are not known")
+        raise Unknown(f"{program.group()}: its rules are not known")
     if row.get("peak_metric") is None:
-        raise _Unknown("no peak is given")
+        raise Unknown("no peak is given")
+    if not isinstance(row.get("peak_extra") or {}, dict):
+        raise Unknown(f"peak_extra: {row['peak_extra']!r} is no object")
     if OTHER_MEASURES.search(_text(row, "peak_metric")):
-        raise _Unknown(f"peak_metric: '{row['peak_metric']}' counts more than torch's tensors")
+        raise Unknown(f"peak_metric: '{row['peak_metric']}' counts more than torch's tensors")
     if row.get("offload") not in (None, "none"):
-        raise _Unknown(f"offload: what '{row['offload']}' leaves on the card is not known")
+        raise Unknown(f"offload: what '{row['offload']}' leaves on the card is not known")
 
 
 def _shape(row: Row) -> Shape:
@@ -117,14 +115,14 @@ def _shape(row: Row) -> Shape:
     needed = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
     missing = [name for name in needed if not isinstance(found.get(name), int)]
     if missing:
-        raise _Unknown(f"config: {', '.join(missing)} not given")
+        raise Unknown(f"config: {', '.join(missing)} not given")
     return Shape(
         **{name: found[name] for name in needed} | {"intermediate": _inner(found)},
         tied=bool(found.get("tied_embeddings")),
         gated=found.get("mlp", "gated") == "gated",
         qkv_bias=bool(found.get("qkv_bias")),
         qk_norm=bool(found.get("qk_norm")),
-        norm_bias=found.get("norm") == "ln",
+        norm="layer" if found.get("norm") == "ln" else "rms",
         norms_per_layer=found.get("norms_per_layer") or 2,
         context=found.get("max_position_embeddings") or max(_context(row), row.get("seq_len") or 0),
     )
@@ -175,7 +173,7 @@ def _format_name(row: Row) -> str:
         text = _text(row, "model", "source", "notes").lower()
     found = next((name for words, name in FORMAT_WORDS if re.search(words, text)), None)
     if found is None or OTHER_FORMATS.search(text) or (quantised and FORMATS[found].parts is None):
-        raise _Unknown(f"precision: '{row.get('precision')}' is not known")
+        raise Unknown(f"precision: '{row.get('precision')}' is not known")
     return found
 
 
@@ -187,7 +185,7 @@ def _cache_each(row: Row, each: int) -> int:
     """Bytes of a number of the keys and values; each: of the hidden states."""
     told = " ".join(part for part in _precisions(row) if "kv" in part)
     if re.search(r"int4|4-?bit|fp4", told):
-        raise _Unknown(f"precision: a cache in '{told}' is not known")
+        raise Unknown(f"precision: a cache in '{told}' is not known")
     if re.search(r"fp8|int8|8-?bit", told):
         return 1
     return 2 if re.search(r"16", told) else each
@@ -207,7 +205,7 @@ def _weights(row: Row, shape: Shape) -> list[Weight]:
     if abs(rest) <= UNNAMED_SHARE * given:
         return [*weights, Weight("rest", (max(rest, 0),), "other")]
     if rest < 0:
-        raise _Unknown(f"config: its sizes give more than n_params {given}")
+        raise Unknown(f"config: its sizes give more than n_params {given}")
     rows = rest // shape.hidden // shape.layers
     names = (f"model.layers.{at}.{EXPERTS}.weight" for at in range(shape.layers))
     return [*weights, *(Weight(name, (rows, shape.hidden), "linear") for name in names)]
@@ -244,13 +242,13 @@ def _call(row: Row, *, litgpt: bool) -> Generation:
     if (_number_after(notes, r"(?:num_)?beams?") or 1) > 1 or re.search(
         r"quanti[sz]ed (kv )?cache", notes, re.I
     ):
-        raise _Unknown("notes: beams and a quantised cache are not known")
+        raise Unknown("notes: beams and a quantised cache are not known")
     if _cache_each(row, _each(row)) != _each(row):
-        raise _Unknown("precision: a quantised cache is not known")
+        raise Unknown("precision: a quantised cache is not known")
     prompt, generated = extra.get("input_tokens"), extra.get("generated_tokens")
     if prompt is None:
         if not re.search(r"short prompt|new tokens", notes) and row.get("seq_len") is None:
-            raise _Unknown("the lengths of prompt and answer are not given")
+            raise Unknown("the lengths of prompt and answer are not given")
         generated = generated or _number_before(notes, "new tokens") or SHORT_ANSWER
         prompt = max(1, row["seq_len"] - generated) if row.get("seq_len") else SHORT_PROMPT
     return Generation(
@@ -321,13 +319,13 @@ def _vllm_weights(row: Row, shape: Shape, run: VllmRun) -> int:
 def _vllm_run(row: Row) -> VllmRun:
     notes, card, version = _text(row, "notes"), _card(row), _version(row)
     if re.search(r"(enable|max)[-_]loras?\b", notes):
-        raise _Unknown("notes: how much room adapters have is not given")
+        raise Unknown("notes: how much room adapters have is not given")
     if not card.num_bytes:
-        raise _Unknown(f"gpu: '{row.get('gpu')}' does not say how much memory it has")
+        raise Unknown(f"gpu: '{row.get('gpu')}' does not say how much memory it has")
     tokens, sequences = default_batch(card)
     if not version.chunked:
         if not row.get("seq_len"):
-            raise _Unknown("max_model_len is not given")
+            raise Unknown("max_model_len is not given")
         tokens, sequences = max(2048, int(row["seq_len"])), 256
     tensor, pipeline = _parallel(row)
     return VllmRun(
@@ -349,7 +347,7 @@ def _parallel(row: Row) -> tuple[int, int]:
         for short, name in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data"))
     )
     if tensor * pipeline * data != (row.get("num_gpus") or tensor * pipeline * data):
-        raise _Unknown(f"parallelism: '{text}' does not say how {row['num_gpus']} cards share the model")
+        raise Unknown(f"parallelism: '{text}' does not say how {row['num_gpus']} cards share the model")
     return tensor, pipeline
 
 
@@ -364,7 +362,7 @@ def _version(row: Row) -> VllmVersion:
         eager = re.search(r"enforce[-_]eager", notes) is not None
         return replace(found, counts_graphs=found.counts_graphs and not eager)
     if year is None or int(year.group(1)) > 2025:
-        raise _Unknown("notes: the release of vLLM is not given")
+        raise Unknown("notes: the release of vLLM is not given")
     return V1_SORTING if year.group(1) == "2025" else V0
 
 

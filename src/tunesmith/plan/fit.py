@@ -125,31 +125,51 @@ def most_saving(recipe: Recipe, target: Target) -> Fix:
     return search.fix(min(rivals, key=lambda corner: search.need_of(corner) or math.inf))
 
 
-def largest(need: Callable[[int], int], room: int, most: int = 64) -> int:
-    """The largest number up to `most` with need(number) <= room, 0 if there is none, asking seldom.
+@dataclass(frozen=True)
+class Need:
+    """What so many packs at once take. parts: bytes of each part of the step, each of which is about a
+    straight line over the number of packs; fixed: those of them that do not depend on it, as far as is known;
+    num_bytes: in all, which goes as the highest of the parts."""
 
-    Memory rises with a micro-batch as the highest of several straight lines: a line through two points of it
-    lies above it between them, and below it outside.
+    num_bytes: int
+    parts: Mapping[str, int]
+    fixed: Mapping[str, int]
+
+
+def largest(need: Callable[[int], Need], room: int, most: int = 64) -> int:
+    """The largest number up to `most` whose need is at most `room`, 0 if there is none, asking seldom.
+
+    Both it and the number after it have been asked for, unless it is `most`: lines through what is known only
+    say where to ask.
     """
-    first = need(1)
-    if first > room:
-        return 0
-    low, low_need, high, high_need = 1, first, 2, need(2)
-    if high_need <= room:
-        slope = max(1, high_need - first)
-        low, low_need, high = 2, high_need, min(most, 2 + (room - high_need) // slope)
-        high_need = need(high) if high > 2 else high_need
-        if high_need <= room:
-            return high  # beyond it the line, and so the memory, is above `room`
+    known: dict[int, Need] = {}
+    low, high, at = 0, most + 1, 1
     while high - low > 1:
-        rise = max(1, high_need - low_need)
-        at = min(high - 1, max(low + 1, low + (room - low_need) * (high - low) // rise))
-        needed = need(at)
-        if needed <= room:
-            low, low_need = at, needed
+        known[at] = need(at)
+        if known[at].num_bytes <= room:
+            low = at
         else:
-            high, high_need = at, needed
+            high = at
+        if at == 1:
+            known[0] = Need(0, known[1].fixed, known[1].fixed)
+        at = min(high - 1, max(low + 1, _last_below(known, at, room, most)))
     return low
+
+
+def _last_below(known: Mapping[int, Need], at: int, room: int, most: int) -> int:
+    """The last number whose need should be at most `room`, by lines through the two largest known numbers
+    that are shifted to what is known of the number `at`."""
+    one, two = sorted(known)[-2:]
+
+    def line(number: int) -> float:
+        before, after = known[one].parts, known[two].parts
+        share = (number - one) / (two - one)
+        return max(before.get(part, 0) + share * (top - before.get(part, 0)) for part, top in after.items())
+
+    rise = line(two) - line(one)
+    scale = (known[two].num_bytes - known[one].num_bytes) / rise if rise > 0 and one > 0 else 1.0
+    limit = line(at) + (room - known[at].num_bytes) / max(scale, 1.0)
+    return max((number for number in range(1, most + 1) if line(number) <= limit), default=1)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.core.units import GIB
 from tunesmith.plan.cards import Card
+from tunesmith.plan.decoder import Shape
 from tunesmith.plan.serving import Weight
 
 MIB = 1 << 20
@@ -25,71 +26,13 @@ HELD_STATES = 4
 VLLM_BLOCK = 16  # tokens of a block of vLLM's cache
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of a decoder. gated: three matrices in the MLP; norm_bias: LayerNorm; context: its positions."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    gated: bool = True
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    norm_bias: bool = False
-    norms_per_layer: int = 2
-    context: int = 32768
-
-    @property
-    def query(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def key(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    def token_bytes(self, bytes_each: int, cards: int = 1) -> int:
-        """One token's keys and values in all layers, on one of `cards`; too few heads are copied."""
-        heads = max(1, self.kv_heads // cards)
-        return 2 * self.layers * heads * self.head_dim * bytes_each
-
-
-def shape_of(config: Any) -> Shape:
-    """The sizes that a transformers configuration names. Raises AttributeError for no decoder's."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    return Shape(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        intermediate=_inner(text),
-        vocab=text.vocab_size,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        gated=getattr(text, "hidden_act", "silu") in ("silu", "swish") or "gemma" in text.model_type,
-        context=getattr(text, "max_position_embeddings", None) or 2048,
-    )
-
-
-def _inner(text: Any) -> int:
-    """Width of what a token goes through in an MLP: of a whole one, or of all experts that it is sent to."""
-    whole = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    chosen = getattr(text, "num_experts_per_tok", None) or 0
-    return int(max(whole, chosen * (getattr(text, "moe_intermediate_size", None) or whole)))
-
-
 def weights_of_shape(shape: Shape) -> list[Weight]:
     """The weights of a decoder of these sizes, named as transformers does."""
     hidden = shape.hidden
     found = [Weight("model.embed_tokens.weight", (shape.vocab, hidden), "embedding")]
     for at in range(shape.layers):
         found += _layer(shape, f"model.layers.{at}.")
-    found += _norm("model.norm", hidden, shape.norm_bias)
+    found += _norm("model.norm", hidden, shape.norm == "layer")
     return [*found, Weight("lm_head.weight", (shape.vocab, hidden), "head", tied=shape.tied)]
 
 
@@ -106,7 +49,7 @@ def _layer(shape: Shape, prefix: str) -> list[Weight]:
     found += [Weight(f"{prefix}mlp.{name}.weight", (n, hidden), "linear") for name, n in ups.items()]
     found.append(Weight(f"{prefix}mlp.down_proj.weight", (hidden, f), "linear"))
     for at in range(shape.norms_per_layer):
-        found += _norm(f"{prefix}norm_{at}", hidden, shape.norm_bias)
+        found += _norm(f"{prefix}norm_{at}", hidden, shape.norm == "layer")
     return found
 
 

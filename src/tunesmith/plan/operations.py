@@ -22,23 +22,17 @@ from tunesmith.model.hardware import repeats
 from tunesmith.plan.duration import Kind, Operation
 
 ATEN = torch.ops.aten
-# A tensor is told apart by how much memory was touched since it was: less than the first stays in a core's
-# own cache, and each next is four times the one before.
-NEAR_BYTES = 1 << 18
-FAR = 5
 # Names of operators of attention as one kernel, forward and backward.
 ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "varlen_attn")
 NO_WORK = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift")
 
 
 class Operand(NamedTuple):
-    """A tensor as an operation gets it. far: which power of four of NEAR_BYTES of memory was touched since it
-    was last used; 0 for less than NEAR_BYTES, FAR for all that no cache holds."""
+    """A tensor as an operation gets it."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    far: int
 
     @property
     def num_bytes(self) -> int:
@@ -77,29 +71,16 @@ class Calls:
         self.trace = trace
         self.counts: Counter[tuple[str, Call]] = Counter()
         self.operations: dict[Call, Operation] = {}
-        self._reuse = _Reuse()
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if func.namespace == "profiler":
             return
-        seen: list[Tensor] = []
-        given = Operands(self._described(value, seen) for value in args)
-        named = tuple((name, self._described(value, seen)) for name, value in kwargs.items())
+        given = Operands(map(described, args))
+        named = tuple((name, described(value)) for name, value in kwargs.items())
         call = Call(func, given, named)
         if call not in self.operations:
             self.operations[call] = operation_of(func, args, kwargs, out)
         self.counts[self.trace.phase, call] += repeats()
-        for tensor in (*seen, *tensors_of(out)):
-            self._reuse.touch(tensor)
-
-    def _described(self, value: Any, seen: list[Tensor]) -> Any:
-        """The argument with an Operand for every tensor, hashable; the tensors are added to `seen`."""
-        if isinstance(value, Tensor):
-            seen.append(value)
-            return Operand(tuple(value.shape), value.stride(), value.dtype, self._reuse.far(value))
-        if isinstance(value, (tuple, list)):
-            return Operands(self._described(part, seen) for part in value)
-        return value
 
     def of(self, *phases: str) -> Counter[Call]:
         """How often each call comes in these phases together."""
@@ -113,9 +94,28 @@ class Calls:
         return sum(self.operations[call].flops * count for call, count in self.of(*phases).items())
 
 
+def described(value: Any) -> Any:
+    """An argument with an Operand for every tensor, hashable."""
+    if isinstance(value, Tensor):
+        return Operand(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return Operands(map(described, value))
+    return value
+
+
+def _operands(values: Iterable[Any]) -> Iterator[Operand]:
+    for value in values:
+        if isinstance(value, Operand):
+            yield value
+        elif isinstance(value, Operands):
+            yield from _operands(value)
+
+
 def operation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Operation:
     """The kind, arithmetic and traffic of a call. out: what it returned."""
     name = func.name().removeprefix("aten::")
+    if func.namespace == "c10d":
+        return Operation(name=name, kind="message", dtype="other", flops=0, num_bytes=_message_bytes(args))
     flops = flops_of(func, args, kwargs, out)
     kind = _kind(func, name, flops)
     read = list(tensors_of((args, kwargs)))
@@ -234,6 +234,11 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     return total
 
 
+def _message_bytes(args: tuple[Any, ...]) -> int:
+    """Of a message as all processes together have it: what is given or what comes, whichever is more."""
+    return max((sum(map(_num_bytes, tensors_of(value))) for value in args), default=0)
+
+
 def _num_bytes(tensor: Tensor) -> int:
     return _extent(tensor.shape, tensor.stride()) * tensor.element_size()
 
@@ -246,41 +251,3 @@ def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
 def _dtype_name(dtype: torch.dtype | None) -> str:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
     return names.get(dtype, "other") if dtype is not None else "other"
-
-
-# -- how far away an operand is ------------------------------------------------------------------------------
-
-
-def _operands(values: Iterable[Any]) -> Iterator[Operand]:
-    for value in values:
-        if isinstance(value, Operand):
-            yield value
-        elif isinstance(value, Operands):
-            yield from _operands(value)
-
-
-class _Reuse:
-    """Bytes touched since each part of each storage was (its reuse distance, repetitions counted)."""
-
-    def __init__(self) -> None:
-        self.touched = 0
-        self._last: dict[tuple[int, int, int], int] = {}
-
-    def far(self, tensor: Tensor) -> int:
-        whole, part, size = _places(tensor)
-        last = max(self._last.get(whole, -1), self._last.get(part, -1))
-        distance = size if last < 0 else self.touched - last
-        return min(FAR, ((distance // NEAR_BYTES).bit_length() + 1) // 2)
-
-    def touch(self, tensor: Tensor) -> None:
-        whole, part, size = _places(tensor)
-        num_bytes = _num_bytes(tensor)
-        self._last[whole if 2 * num_bytes >= size else part] = self.touched
-        self.touched += num_bytes
-
-
-def _places(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int], int]:
-    """Names of the tensor's whole storage and of its place there, and the storage's bytes."""
-    storage = tensor.untyped_storage()
-    own, size = storage._cdata, storage.nbytes()
-    return (own, size, -1), (own, size, int(tensor.storage_offset())), size

@@ -8,43 +8,37 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from tunesmith.plan.facts_types import Row
-from tunesmith.plan.stock_words import linear_names, optimizer_kind
+from tunesmith.plan.decoder import Shape
+from tunesmith.plan.facts_shape import parse_shape
+from tunesmith.plan.facts_types import Row, Unknown, count, low
+from tunesmith.plan.stock_trainers import OTHERS, Trainer, trainer_of
+from tunesmith.plan.stock_words import (
+    Attention,
+    Base,
+    Format,
+    Loss,
+    Metric,
+    attention_of,
+    autocast_of,
+    base_of,
+    checkpointing,
+    double_quant,
+    format_of,
+    linear_names,
+    loss_of,
+    method_of,
+    metric_of,
+    optimizer_kind,
+    told_weights,
+)
 
-Loss = Literal["stock", "triton", "liger"]
-Base = Literal["plain", "nf4", "gptq"]
 Version = tuple[int, ...]
-OTHERS = re.compile(r"unsloth|axolotl|llama-?factory|nemo|megatron|colossal|mlx|maxtext|llama\.cpp")
 OLD, OLD_TRL = (4, 40), (0, 0)  # what rows without versions are taken for
-HOPPER = ("h100", "h200", "h800", "gh200")
-BEFORE_AMPERE = ("t4", "v100", "p100", "2080", "titan rtx", "quadro rtx")
-
-
-class Unknown(Exception):
-    """A row does not tell all that its peak depends on; the message says what is missing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A decoder's shape; norm: rms or layer; num_params: as published, for checking."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    gated: bool
-    norm: Literal["rms", "layer"]
-    norms_per_layer: int
-    qkv_bias: bool
-    qk_norm: bool
-    num_params: int | None
-    hf_id: str
+SDPA_DEFAULT, SDPA_SHARES = (4, 36), (4, 54)  # transformers: attention by SDPA; its keys no longer repeated
+MOST_TOKENS = 1 << 28  # of a micro-batch; beyond it torch's counts overflow
+HOPPER = ("h100", "h200", "h800", "gh200", "h20")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +60,9 @@ class Stack:
     rank: int
     targets: tuple[str, ...]
     trains_embeddings: bool
-    adapters: Literal["fp32", "bf16", "fp16"]
+    adapters: Format
     dropout: float
-    weights: Literal["fp32", "bf16", "fp16"]
+    weights: Format
     autocast: Literal["bf16", "fp16"] | None
     base: Base
     double_quant: bool
@@ -91,91 +85,61 @@ class Stack:
     fp32_outputs: bool
     fused_kernels: bool
     fused_lora: bool
-    attention: Literal["flash", "efficient", "eager"]
+    attention: Attention
     workspace_bytes: int
-    metric: Literal["allocated", "reserved", "process"]
+    metric: Metric
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
 
     @property
-    def compute(self) -> Literal["fp32", "bf16", "fp16"]:
+    def compute(self) -> Format:
         """The format that matrix products are made in."""
         return self.autocast or self.weights
 
 
 def parse_stack(row: Row) -> Stack:
     """The stack of a Hugging Face Trainer, TRL or PEFT row. Raises Unknown."""
-    notes, precision = low(row, "notes"), low(row, "precision")
-    shape, method = parse_shape(row), _method(row)
-    quantised = _base(row, method)
-    transformers, torch = version("transformers", notes), version("torch", notes)
-    autocast = _autocast(precision)
-    loss = _loss(row)
     _refuse(row)
+    if count(row, "micro_batch") * count(row, "seq_len") > MOST_TOKENS:
+        raise Unknown(f"no GPU holds {row['micro_batch']} x {row['seq_len']} tokens")
+    notes, precision, trainer = low(row, "notes"), low(row, "precision"), trainer_of(row)
+    shape, method = parse_shape(row), method_of(row)
+    base, autocast = base_of(row, method), autocast_of(precision)
+    transformers, torch = version("transformers", notes), version("torch", notes)
+    weights = _weights(method, precision, autocast, trainer)
+    sdpa = "sdpa" in (low(row, "attention") or _default_attention(transformers))
     return Stack(
         shape=shape,
         method="full" if method == "full" else "lora",
-        rank=0 if method == "full" else _count(row, "lora_rank"),
+        rank=0 if method == "full" else count(row, "lora_rank"),
         targets=() if method == "full" else _targets(row, shape),
         trains_embeddings="modules_to_save" in notes or "lm_head fully trained" in notes,
-        adapters="fp32" if _casts_adapters(notes, torch) else _weights(row, method, precision, autocast),
-        dropout=_dropout(row),
-        weights=_weights(row, method, precision, autocast),
+        adapters="fp32" if _casts_adapters(notes, torch) else weights,
+        dropout=_dropout(row, trainer),
+        weights=weights,
         autocast=autocast,
-        base=quantised,
-        double_quant=_double_quant(row),
-        upcast=_upcast(f"{notes} {precision}", quantised),
+        base=base,
+        double_quant=trainer.double_quant or double_quant(row),
+        upcast=_upcast(f"{notes} {precision}", base, trainer),
         optimizer=_optimizer(row),
         state_bits=8 if re.search(r"8.?bit", low(row, "optimizer")) else 32,
         paged="paged" in low(row, "optimizer"),
         denominator_copy=torch is not None and torch < (2, 1),
-        batch=_count(row, "micro_batch"),
-        length=_count(row, "seq_len"),
-        accumulation=_count(row, "grad_accum", 1),
-        checkpointing=_checkpointing(row),
-        loss=loss,
-        **_by_version(transformers or OLD, shape, sdpa="sdpa" in low(row, "attention")),
+        batch=count(row, "micro_batch"),
+        length=count(row, "seq_len"),
+        accumulation=count(row, "grad_accum", 1),
+        checkpointing=checkpointing(row),
+        loss=loss_of(row, known=transformers is not None),
+        **_by_version(transformers or OLD, shape, sdpa=sdpa, own_loss=trainer.own_loss),
         counts_hits=(version("trl", notes) or OLD_TRL) >= (0, 16),
         fp32_outputs=autocast is not None,
         fused_kernels="foak" in notes or "fused rms" in notes,
-        fused_lora="foak" in notes and quantised != "plain",
-        attention=_attention(row),
+        fused_lora="foak" in notes and base != "plain",
+        attention=attention_of(row, default=_default_attention(transformers)),
         workspace_bytes=workspace_bytes(low(row, "gpu")),
-        metric=_metric(row),
-    )
-
-
-def parse_shape(row: Row) -> Shape:
-    """The shape of the row's `config`. Raises Unknown naming what is missing."""
-    config = row.get("config")
-    if not isinstance(config, dict):
-        raise Unknown("the model's shape is not told")
-    for name in ("layers", "hidden", "heads", "intermediate", "vocab"):
-        if not _is_count(config.get(name)):
-            raise Unknown(f"the model's {name} is {config.get(name)!r}")
-    if config.get("experts") or config.get("num_experts") or config.get("n_experts"):
-        raise Unknown("a mixture of experts is not traced")
-    mlp, norm = (str(config.get(name) or "").lower() for name in ("mlp", "norm"))
-    if not mlp or not norm:
-        raise Unknown("whether the MLP is gated, or the kind of its norms, is not told")
-    return Shape(
-        layers=config["layers"],
-        hidden=config["hidden"],
-        heads=config["heads"],
-        kv_heads=config.get("kv_heads") or config["heads"],
-        head_dim=config.get("head_dim") or config["hidden"] // config["heads"],
-        intermediate=config["intermediate"],
-        vocab=config["vocab"],
-        tied=bool(config.get("tied_embeddings")),
-        gated="gate" in mlp or "glu" in mlp or mlp.startswith("3"),
-        norm="rms" if "rms" in norm else "layer",
-        norms_per_layer=config.get("norms_per_layer") or 2,
-        qkv_bias=bool(config.get("qkv_bias")),
-        qk_norm=bool(config.get("qk_norm")),
-        num_params=config.get("n_params"),
-        hf_id=str(config.get("hf_id") or ""),
+        metric=_metric(row, trainer),
     )
 
 
@@ -192,118 +156,54 @@ def workspace_bytes(gpu: str) -> int:
     return 2 * (2 * 4096 + 8 * 16) * 1024
 
 
-def low(row: Row, name: str) -> str:
-    """A text of the row in lower case; empty where there is none."""
-    return str(row.get(name) or "").lower()
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _count(row: Row, name: str, default: int | None = None) -> int:
-    value = row.get(name)
-    if value is None and default is not None:
-        return default
-    if value is None or not _is_count(value):
-        raise Unknown(f"{name} is {value!r}")
-    return int(value)
-
-
 def _refuse(row: Row) -> None:
     """What would change the peak and is not traced."""
-    if _count(row, "num_gpus", 1) != 1:
+    if count(row, "num_gpus", 1) != 1:
         raise Unknown(f"{row['num_gpus']} GPUs are not one GPU's stack")
-    if low(row, "offload") not in ("", "none"):
+    if low(row, "offload") not in ("", "none", "no", "false", "off"):
         raise Unknown(f"offload {row['offload']!r} is not traced for foreign stacks")
-    if "dora" in f"{low(row, 'id')} {low(row, 'notes')}":
-        raise Unknown("DoRA is not traced for foreign stacks")
-    if re.search(r"(?<!no )(?<!without )\b(torch.?)?compiled?\b", low(row, "notes")):
+    other = OTHERS.search(low(row, "source", "parallelism", "notes"))
+    if other:
+        raise Unknown(f"{other[0]} computes the step in its own way, which is not traced")
+    if re.search(r"(?<!no )(?<!without )\b(torch.?)?compiled?\b(?! off)", low(row, "notes")):
         raise Unknown("a compiled step is not traced for foreign stacks")
-    trainer = OTHERS.search(f"{low(row, 'source')} {low(row, 'parallelism')}")
-    if trainer:
-        raise Unknown(f"{trainer[0]}'s own runtime is not traced")
-    if re.search(
-        r"deepspeed|zero-?[123]", " ".join(low(row, n) for n in ("precision", "parallelism", "optimizer"))
-    ):
+    if re.search(r"deepspeed|zero-?[123]", low(row, "precision", "parallelism", "optimizer")):
         raise Unknown("DeepSpeed's optimizer and its buffers are not traced")
-    if "length-bucketed" in low(row, "notes") or "upper bound" in low(row, "notes"):
-        raise Unknown("the length of the longest batch is not told")
+    if re.search(r"length-bucketed|upper bound|longest batch is not", low(row, "notes")):
+        raise Unknown(
+            "the length of the longest batch is not told: seq_len is a cap that no batch need reach"
+        )
 
 
-def _method(row: Row) -> str:
-    method = low(row, "method")
-    if method not in ("full", "lora", "qlora"):
-        raise Unknown(f"the method {row.get('method')!r} is not traced")
-    return method
-
-
-def _base(row: Row, method: str) -> Base:
-    text = f"{low(row, 'precision')} {low(row, 'notes')}"
-    if method != "qlora":
-        return "plain"
-    if "gptq" in text:
-        return "gptq"
-    if "nf4" in text or "fp4" in text or "4bit" in text or "4-bit" in text or "bnb" in text:
-        return "nf4"
-    raise Unknown("how the base is quantised is not told")
-
-
-def _double_quant(row: Row) -> bool:
-    """fms-acceleration's benchmarks set it, whatever the row leaves out."""
-    text = f"{low(row, 'precision')} {low(row, 'notes')}"
-    if "fms-acceleration" in low(row, "source"):
-        return True
-    if re.search(r"(no|without) double.?quant(?! stated)", text):
-        return False
-    return bool(re.search(r"double.?quant|\bdq\b", text)) and "no double quant stated" not in text
-
-
-def _upcast(text: str, base: Base) -> Literal["none", "norms", "all"]:
+def _upcast(text: str, base: Base, trainer: Trainer) -> Literal["none", "norms", "all"]:
     """What k-bit preparation leaves in fp32: nothing of GPTQ's. TRL casts all but the norms back in bf16."""
     if base != "nf4" or re.search(r"(skips?|without|no) (prepare_model_for_)?k-?bit", text):
         return "none"
-    if not re.search(
-        r"k-?bit|prepare_model|fp32 (embed|norm)|(embed|norm)\w*(/[\w/]+)? (in )?fp32|\btrl\b", text
-    ):
+    told = r"k-?bit|prepare_model|fp32 (embed|norm)|(embed|norm)\w*(/[\w/]+)? (in )?fp32|\btrl\b"
+    if not re.search(told, text):
+        if trainer.prepares is False:
+            return "none"
         raise Unknown("whether the base was prepared (norms and embeddings cast to fp32) is not told")
     return "norms" if re.search(r"\btrl\b", text) and "bf16" in text else "all"
 
 
-def _autocast(precision: str) -> Literal["bf16", "fp16"] | None:
-    if "no autocast" in precision or "no amp" in precision or "pure" in precision:
-        return None
-    if "autocast" not in precision and "amp" not in precision and "mixed" not in precision:
-        return None
-    return "fp16" if "fp16" in precision and "bf16" not in precision else "bf16"
-
-
-def _weights(row: Row, method: str, precision: str, autocast: str | None) -> Literal["fp32", "bf16", "fp16"]:
+def _weights(method: str, precision: str, autocast: str | None, trainer: Trainer) -> Format:
     """The format of the loaded weights: told, or what the row's script loads by itself."""
-    told = re.search(
-        r"\b(bf16|bfloat16|fp16|float16|fp32|float32)[ -](?:master )?(?:weights|base|params)", precision
-    )
+    told = told_weights(precision)
     if told:
-        return _format(told[1])
+        return told
     if autocast is None:
-        return _format(precision)
-    if "swift" in low(row, "source"):
-        return "bf16"
-    if method == "full":
+        found = format_of(precision)
+        if method == "full" and re.fullmatch(r"(bf16|bfloat16|fp16|float16)", precision.strip()):
+            raise Unknown(f"whether {precision!r} is the weights' format or that of the products is not told")
+        return found
+    if method == "full" and not trainer.own_loss:
         return "fp32"  # mixed precision is that of fp32 weights
+    if trainer.weights:
+        return trainer.weights
     if method == "qlora":
         return "fp16" if autocast == "fp16" else "bf16"
     raise Unknown(f"the format of the loaded weights is not told in {precision!r}")
-
-
-def _format(text: str) -> Literal["fp32", "bf16", "fp16"]:
-    if "bf16" in text or "bfloat16" in text:
-        return "bf16"
-    if "fp16" in text or "float16" in text:
-        return "fp16"
-    if "fp32" in text or "float32" in text:
-        return "fp32"
-    raise Unknown(f"the format of the weights is not told in {text!r}")
 
 
 def _casts_adapters(notes: str, torch: Version | None) -> bool:
@@ -314,15 +214,9 @@ def _casts_adapters(notes: str, torch: Version | None) -> bool:
     return torch is None or torch >= (2, 2)
 
 
-# Dropout of adapters that these scripts set, whatever their rows leave out; peft's own default is none.
-DROPOUT = {"fms-acceleration": 0.1, "ms-swift": 0.05, "qwenlm/qwen": 0.05}
-
-
-def _dropout(row: Row) -> float:
-    found = re.search(r"dropout[ =:]+(\d*\.?\d+)", f"{low(row, 'notes')} {low(row, 'precision')}")
-    if found:
-        return float(found[1])
-    return next((share for script, share in DROPOUT.items() if script in low(row, "source")), 0.0)
+def _dropout(row: Row, trainer: Trainer) -> float:
+    found = re.search(r"dropout[ =:]+(\d*\.?\d+)", low(row, "notes", "precision"))
+    return float(found[1]) if found else trainer.dropout
 
 
 def _targets(row: Row, shape: Shape) -> tuple[str, ...]:
@@ -333,68 +227,48 @@ def _targets(row: Row, shape: Shape) -> tuple[str, ...]:
 
 
 def _optimizer(row: Row) -> Literal["adamw", "adamw-fused", "bnb", "sgd"]:
-    found = optimizer_kind(low(row, "optimizer"))
+    told = low(row, "optimizer")
+    found = optimizer_kind(told)
     if found is None:
-        raise Unknown(f"the optimizer {row.get('optimizer')!r} is not traced")
+        raise Unknown(
+            f"the optimizer {row['optimizer']!r} is not traced" if told else "the optimizer is not told"
+        )
     return found
 
 
-def _checkpointing(row: Row) -> bool:
-    told = low(row, "activation_checkpointing")
-    if told in ("none", "off", "false", "no"):
-        return False
-    if told.startswith(("full", "true", "on", "yes")):
-        return True
-    raise Unknown(f"activation checkpointing {row.get('activation_checkpointing')!r} is not traced")
+def _default_attention(transformers: Version | None) -> str:
+    if transformers is None:
+        return ""
+    return "sdpa" if transformers >= SDPA_DEFAULT else "eager"
 
 
-def _loss(row: Row) -> Loss:
-    told = low(row, "loss_impl")
-    if "liger" in told or "fused linear" in told:
-        return "liger"
-    if "triton" in told or "fast ce" in told:
-        return "triton"
-    if not told or "chunk" in told:
-        raise Unknown(f"the loss {row.get('loss_impl')!r} is not traced")
-    return "stock"
-
-
-def _by_version(transformers: Version, shape: Shape, *, sdpa: bool) -> dict[str, bool]:
-    """What transformers' own code copies and keeps, by its version."""
+def _by_version(transformers: Version, shape: Shape, *, sdpa: bool, own_loss: bool) -> dict[str, bool]:
+    """What transformers' own code copies and keeps, by its version; own_loss: a model's own file does."""
     big_code = not shape.gated and shape.kv_heads == 1 and transformers < (4, 50)  # a loss in its own file
-    llama = "llama" in shape.hf_id.lower()
+    llama, own_loss = "llama" in shape.hf_id.lower(), own_loss or big_code
     return {
-        "upcast_logits": not big_code,
-        "held_logits": big_code or transformers >= (4, 46),
-        "shifted": big_code or transformers < (4, 51),
+        "upcast_logits": not own_loss,
+        "held_logits": own_loss or transformers >= (4, 46),
+        "shifted": own_loss or transformers < (4, 51),
         "keeps_cache": big_code,
-        "repeats_keys": sdpa or (transformers < (4, 48) and not big_code and not llama),
+        "repeats_keys": (sdpa and transformers < SDPA_SHARES)
+        or (transformers < (4, 48) and not big_code and not llama),
     }
 
 
-def _attention(row: Row) -> Literal["flash", "efficient", "eager"]:
-    told, gpu = low(row, "attention"), low(row, "gpu")
-    if "eager" in told or told.strip() == "math":
-        return "eager"
-    if "efficient" in told or "xformers" in told:
-        return "efficient"
-    if "flash" in told:
-        return "flash"
-    if "sdpa" in told:
-        return "efficient" if re.search("|".join(BEFORE_AMPERE), gpu) else "flash"
-    raise Unknown(f"the attention {row.get('attention')!r} is not traced")
+def _metric(row: Row, trainer: Trainer) -> Metric:
+    metric = metric_of(row, trainer.metric)
+    if metric != "allocated" and not trainer.padded and lengths_vary(row):
+        raise Unknown("what batches of changing lengths leave reserved depends on their order")
+    return metric
 
 
-def _metric(row: Row) -> Literal["allocated", "reserved", "process"]:
-    told = low(row, "peak_metric")
-    if "not stated" in told or not told:
-        raise Unknown("what was measured is not told")
-    if "reserved" in told:
-        if not row.get("packing"):
-            raise Unknown("what batches of changing lengths leave reserved depends on their order")
-        return "reserved"
-    if "alloc" in told:
-        return "allocated"
-    if "process" in told or "nvidia-smi" in told or "nvml" in told or "device" in told:
-        return "process"
-    raise Unknown(f"the metric {row['peak_metric']!r} is not known")
+def lengths_vary(row: Row) -> bool:
+    """Whether batches differ in length: what a row says, or how it is where a data set is not packed."""
+    if row.get("packing"):
+        return False
+    return not re.search(
+        r"pad\w* to (max|seq|the|full|\d)|max_length padding|padding=.?max_length|pad_to_max|synthetic"
+        r"|random (token|input|data)|dummy|fixed.(length|seq)|(constant|same|equal) length",
+        low(row, "notes", "peak_metric", "source"),
+    )

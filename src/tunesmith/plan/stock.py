@@ -8,9 +8,9 @@ from tunesmith.core.errors import UserError
 from tunesmith.core.units import GIB
 from tunesmith.plan.allocator import simulate
 from tunesmith.plan.cards import Card, card_named
-from tunesmith.plan.facts_types import Prediction, Row, Skipped
+from tunesmith.plan.facts_types import Prediction, Row, Skipped, Unknown, low
 from tunesmith.plan.memory import Peaks, trace_step
-from tunesmith.plan.stack import Stack, Unknown, parse_stack
+from tunesmith.plan.stack import OLD, Stack, parse_stack, version
 from tunesmith.plan.stock_model import check_count
 from tunesmith.plan.stock_sharded import detail
 from tunesmith.plan.stock_step import StockStep
@@ -39,12 +39,26 @@ def _prediction(row: Row, stack: Stack) -> Prediction:
         num_bytes = simulate(peaks.timeline.events()).reserved_bytes
     if stack.metric == "process":
         num_bytes += int(_card(row).context_mib * 1024**2)
-    return Prediction(num_bytes / GIB, detail(peaks))
+    return Prediction(num_bytes / GIB, detail(peaks), _assumed(row))
+
+
+def _assumed(row: Row) -> tuple[str, ...]:
+    """What the row leaves open and was taken to be so."""
+    found = []
+    metric = low(row, "peak_metric")
+    if not metric or "not stated" in metric:
+        found.append("what was measured is not told: taken to be what nvidia-smi shows of the process")
+    if version("transformers", low(row, "notes")) is None:
+        at = ".".join(str(part) for part in OLD)
+        found.append(f"no version of transformers is told: taken to be the Trainer's step as of {at}")
+    return tuple(found)
 
 
 def _card(row: Row) -> Card:
+    if not low(row, "gpu"):
+        raise Unknown("the GPU is not told, and with it its context")
     try:
-        return card_named(str(row.get("gpu") or ""))
+        return card_named(str(row["gpu"]))
     except UserError as error:
         raise Unknown(f"the GPU is not known, and with it its context: {error.what}") from error
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from tunesmith.core.units import GIB
 from tunesmith.plan.allocator import round_block
-from tunesmith.plan.facts_types import Prediction, Row, Skipped
-from tunesmith.plan.stack import Unknown, workspace_bytes
+from tunesmith.plan.facts_types import Prediction, Row, Skipped, Unknown
+from tunesmith.plan.stack import workspace_bytes
 from tunesmith.plan.stock_ops import FusedCrossEntropy, LinearCrossEntropy
 from tunesmith.plan.trace import Trace
 

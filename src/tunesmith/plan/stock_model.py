@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tunesmith.model.shape import meta_model
-from tunesmith.plan.stack import Shape, Stack, Unknown
+from tunesmith.plan.decoder import Shape
+from tunesmith.plan.facts_types import Unknown
+from tunesmith.plan.stack import Stack
 from tunesmith.plan.stock_ops import (
     DequantisedProduct,
     Dropped,
@@ -147,16 +149,17 @@ def _linears(block: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _attach(model: Any, stack: Stack) -> None:
-    found = 0
+    found: set[str] = set()
     for block in blocks(model):
         for name, module in list(block.named_modules()):
             wanted = stack.targets == (ALL,) or name.rsplit(".", 1)[-1] in stack.targets
             if wanted and isinstance(module, nn.Linear | QuantisedLinear):
                 fused = stack.fused_lora and name.rsplit(".", 1)[-1] in ATTENTION
                 block.set_submodule(name, LoraLinear(module, stack, fused=fused))
-                found += 1
-    if not found:
-        raise Unknown(f"no layer of this model is called {' or '.join(stack.targets)}")
+                found.add(name.rsplit(".", 1)[-1])
+    missing = [name for name in stack.targets if name not in found and name != ALL]
+    if missing or not found:
+        raise Unknown(f"no layer of this model is called {' or '.join(missing or stack.targets)}")
     if stack.trains_embeddings:
         _copy_embeddings(model)
 

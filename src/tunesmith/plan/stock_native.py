@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 
 from tunesmith.core.units import GIB
-from tunesmith.plan.facts_types import Prediction, Row, Skipped
+from tunesmith.plan.facts_shape import parse_shape
+from tunesmith.plan.facts_types import Prediction, Row, Skipped, Unknown, count, low
 from tunesmith.plan.memory import Peaks, trace_step
-from tunesmith.plan.stack import Unknown, low, parse_shape, workspace_bytes
+from tunesmith.plan.stack import workspace_bytes
 from tunesmith.plan.stock_native_model import Framework, Style
 from tunesmith.plan.stock_native_step import NativeStack, NativeStep, Optimizer
 from tunesmith.plan.stock_sharded import detail
 from tunesmith.plan.stock_sharded_fsdp import Sharding, reserved_bytes
+from tunesmith.plan.stock_words import HOST, MLP, NVIDIA
 
 NAMES = {
     "query": "q_proj",
@@ -29,7 +31,7 @@ NAMES = {
     "head": "lm_head",
     "output": "lm_head",
 }
-MLP = ("gate_proj", "up_proj", "down_proj")
+OTHER_OPTIMIZERS = r"lion|galore|adafactor|apollo|muon|shampoo|sophia|lomo|badam|mini|schedule"
 
 
 def predict_native(row: Row) -> Prediction | Skipped | None:
@@ -80,9 +82,9 @@ def parse_native(row: Row, framework: Framework) -> NativeStack:
     return NativeStack(
         shape=shape,
         style=style,
-        batch=_count(row, "micro_batch"),
+        batch=count(row, "micro_batch"),
         length=_length(row) // _context_ranks(row),
-        accumulation=_count(row, "grad_accum", 1),
+        accumulation=count(row, "grad_accum", 1),
         loss=_loss(row, framework),
         compiled_loss=style.compiled and _compiles_loss(row, framework),
         optimizer=optimizer,
@@ -94,22 +96,18 @@ def parse_native(row: Row, framework: Framework) -> NativeStack:
     )
 
 
-def _count(row: Row, name: str, default: int | None = None) -> int:
-    value = row.get(name, default)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise Unknown(f"{name} is {row.get(name)!r}")
-    return value
-
-
 def _length(row: Row) -> int:
     if "upper bound" in low(row, "notes") or "longest batch is not" in low(row, "notes"):
         raise Unknown("the length of the longest batch is not told")
-    return _count(row, "seq_len")
+    return count(row, "seq_len")
 
 
 def _style(row: Row, framework: Framework) -> Style:
-    precision, told = low(row, "precision"), f"{low(row, 'loss_impl')} {low(row, 'notes')}"
+    precision, told = low(row, "precision"), low(row, "loss_impl", "notes")
+    if count(row, "num_gpus", 1) == 1 and not re.search(r"bf16|bfloat16", precision):
+        raise Unknown(f"weights of the format {row.get('precision')!r} are not traced in {framework}")
+    if re.search(r"mixed|\bamp\b|autocast", precision):
+        raise Unknown(f"{framework}'s mixed precision {row['precision']!r} is not traced")
     rank, targets = _adapters(row)
     quantised = "nf4" in precision or "nf4" in told
     if row.get("method") == "qlora" and not quantised and framework != "torchtune":
@@ -128,8 +126,9 @@ def _style(row: Row, framework: Framework) -> Style:
 
 
 def _compiled(row: Row) -> bool:
-    told = f"{low(row, 'loss_impl')} {low(row, 'notes')}"
-    return "compile on" in low(row, "source") or ("compile" in told and "no compile" not in told)
+    told = low(row, "loss_impl", "notes")
+    off = re.search(r"\b(no|not|without|un) ?(torch.)?compile|compiled?[ =:]*(off|false)", told)
+    return "compile on" in low(row, "source") or ("compile" in told and off is None)
 
 
 def _offloads(row: Row) -> bool:
@@ -143,6 +142,8 @@ def _offloads(row: Row) -> bool:
 
 
 def _adapters(row: Row) -> tuple[int, frozenset[str]]:
+    if "dora" in low(row, "method", "notes"):
+        raise Unknown("DoRA is not traced for foreign stacks")
     if row.get("method") == "full":
         return 0, frozenset()
     if row.get("method") not in ("lora", "qlora"):
@@ -158,7 +159,7 @@ def _adapters(row: Row) -> tuple[int, frozenset[str]]:
     names: set[str] = set()
     for name in named:
         names.update(MLP if name == "mlp" else (NAMES.get(name, name),))
-    return _count(row, "lora_rank"), frozenset(names)
+    return count(row, "lora_rank"), frozenset(names)
 
 
 def _recompute(row: Row) -> Literal["none", "full", "products"]:
@@ -175,14 +176,26 @@ def _recompute(row: Row) -> Literal["none", "full", "products"]:
 
 
 def _loss(row: Row, framework: Framework) -> Literal["whole", "chunked"]:
+    """Of all logits at once, or in chunks: LitGPT's own, torchtune's where told. Raises Unknown."""
     told = low(row, "loss_impl")
     if not told:
         raise Unknown("the loss is not told")
-    return "chunked" if "chunk" in told and "off" not in told else "whole"
+    chunked = "chunk" in told and not re.search(r"\boff\b|(un|not |no )chunk|chunk_size[ =:]*0\b", told)
+    if framework == "litgpt":
+        if "chunk" in told and not chunked:
+            raise Unknown("LitGPT's loss of all logits at once is not traced")
+        return "chunked"  # its scripts compute it in chunks of 128 tokens
+    if framework == "torchtitan" and chunked:
+        raise Unknown("torchtitan's loss in chunks is not traced")
+    return "chunked" if chunked else "whole"
 
 
 def _optimizer(row: Row) -> Optimizer:
     told = low(row, "optimizer")
+    if not told:
+        raise Unknown("the optimizer is not told")
+    if re.search(OTHER_OPTIMIZERS, told):
+        raise Unknown(f"the optimizer {row['optimizer']!r} is not traced")
     if "paged" in told:
         return "paged"
     if "4-bit" in told or "4bit" in told:
@@ -201,14 +214,14 @@ def _optimizer(row: Row) -> Optimizer:
 def _metric(row: Row, framework: Framework) -> Literal["allocated", "reserved"]:
     """torchtitan logs what is reserved, torchtune what is active."""
     told = low(row, "peak_metric")
-    if "smi" in told or "process" in told:
+    if NVIDIA.search(told) or HOST.search(told):
         raise Unknown(f"the metric {row['peak_metric']!r} is not of torch's tensors")
     return "reserved" if framework == "torchtitan" or "reserved" in told else "allocated"
 
 
 def _expandable(row: Row, framework: Framework) -> bool:
     """torchtitan's launcher for one node asks for expandable segments since 2025."""
-    return framework == "torchtitan" and _count(row, "num_gpus", 1) <= 8 and _year(row) >= 2025
+    return framework == "torchtitan" and count(row, "num_gpus", 1) <= 8 and _year(row) >= 2025
 
 
 def _year(row: Row) -> int:
@@ -229,7 +242,7 @@ def _context_ranks(row: Row) -> int:
 
 
 def _sharding(row: Row, framework: Framework) -> Sharding | None:
-    ranks = _count(row, "num_gpus", 1)
+    ranks = count(row, "num_gpus", 1)
     if ranks == 1:
         return None
     told = low(row, "parallelism")
@@ -244,7 +257,7 @@ def _sharding(row: Row, framework: Framework) -> Sharding | None:
         stored=wide,
         reduced=wide,
         keeps_last=framework == "torchtitan",
-        accumulates=_count(row, "grad_accum", 1) > 1,
+        accumulates=count(row, "grad_accum", 1) > 1,
         # torchtitan's groups since 2025: embedding, layers, last norm and output.
         apart=framework == "torchtitan" and _year(row) >= 2025,
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tunesmith.plan.stack import Shape
+from tunesmith.plan.decoder import Shape
 from tunesmith.plan.stock_native_kernels import CompiledGate, CompiledNorm, CompiledRotation, Nf4Product
 from tunesmith.plan.stock_ops import FlashAttention
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from tunesmith.plan.stack import Shape
+from tunesmith.plan.decoder import Shape
 from tunesmith.plan.stock_native_model import Decoder, Style, angles
 from tunesmith.plan.stock_sharded_fsdp import ShardedModel, Sharding
 from tunesmith.plan.trace import Trace

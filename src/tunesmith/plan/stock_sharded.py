@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tunesmith.core.units import GIB
-from tunesmith.plan.facts_types import Prediction, Row, Skipped
+from tunesmith.plan.facts_types import Prediction, Row, Skipped, Unknown
 from tunesmith.plan.memory import Peaks, trace_step
-from tunesmith.plan.stack import Stack, Unknown, parse_stack
+from tunesmith.plan.stack import Stack, parse_stack
 from tunesmith.plan.stock_model import check_count
 from tunesmith.plan.stock_sharded_fsdp import Kind, ShardedModel, Sharding, reserved_bytes
 from tunesmith.plan.stock_step import StockStep
@@ -133,4 +133,6 @@ def _kind(row: Row) -> Kind | None:
         return "fsdp1"
     if re.search(r"\bddp\b|^data.parallel", told):
         return None
-    raise Unknown(f"the parallelism {row.get('parallelism')!r} is not traced")
+    if told in ("", "none"):
+        raise Unknown(f"how {row['num_gpus']} GPUs share the training is not told")
+    raise Unknown(f"the parallelism {row['parallelism']!r} is not traced")

@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tunesmith.model.quant import four_bit_tensors, product_of_four_bits
 from tunesmith.plan.timeline import Category, Mark, Place, Record, Timeline
 
 ATEN = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 
 
@@ -97,7 +99,7 @@ class Trace(TorchDispatchMode):
         self.hold(model.parameters(), "weights")
         self.hold(model.buffers(), "weights")
         for module in model.modules():
-            self.hold(_quantised(module), "quantised weights")
+            self.hold(four_bit_tensors(module), "quantised weights")
         listed = list(layers)
         self.num_layers = len(listed)
         for number, layer in enumerate(listed):
@@ -149,6 +151,9 @@ class Trace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            # Only a tensor that is not real asks this, and more often than all else: no part of the step.
+            return args[0].fake_device
         if func.name() == "bitsandbytes::gemm_4bit":
             return self._product_of_four_bits(args, kwargs)
         out = self._answer(func, args)
@@ -175,11 +180,9 @@ class Trace(TorchDispatchMode):
         return None
 
     def _product_of_four_bits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """bitsandbytes' product, its steps seen one by one: it makes the whole weight for a moment."""
-        from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
-
+        """bitsandbytes' product, its steps seen one by one."""
         with self:
-            return _gemm_4bit_default_impl(*args, **kwargs)
+            return product_of_four_bits(*args, **kwargs)
 
     def _track(self, tensor: Tensor, maker: str) -> None:
         tensor = _holder(tensor)
@@ -238,15 +241,3 @@ def _layer_name(number: int, count: int) -> str:
     if number < 2:
         return f"layer {number}"
     return f"layer {number - count}" if number >= count - 2 else "layers between"
-
-
-def _quantised(module: nn.Module) -> list[Tensor]:
-    """The tensors of a layer of four bits: its weight, and the constants that belong to it."""
-    weight = getattr(module, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if not isinstance(weight, Tensor) or state is None:
-        return []
-    nested = getattr(state, "state2", None)
-    found = [weight, state.absmax, state.code, getattr(state, "offset", None)]
-    found += [nested.absmax, nested.code] if nested is not None else []
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]

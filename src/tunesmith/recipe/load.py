@@ -36,7 +36,7 @@ def check(
     values: dict[str, Any], file: str, places: dict[tuple[str | int, ...], str] | None = None
 ) -> Recipe:
     """Validate plain values. `places` names the origin of keys that did not come from `file`."""
-    return _checked(Recipe, values, file, places or {})
+    return checked(Recipe, values, file, places)
 
 
 def check_serve(base: Serve, given: Mapping[str, Any]) -> Serve:
@@ -46,36 +46,41 @@ def check_serve(base: Serve, given: Mapping[str, Any]) -> Serve:
     """
     values = {"serve": base.model_dump() | dict(given)}
     places: dict[tuple[str | int, ...], str] = {("serve", name): option_of(name) for name in given}
-    return _checked(_ServeAlone, values, "the recipe", places).serve
+    return checked(_ServeAlone, values, "the recipe", places).serve
 
 
 class _ServeAlone(Section):
     serve: Serve
 
 
-def _checked(
-    kind: type[SomeSection], values: dict[str, Any], file: str, places: dict[tuple[str | int, ...], str]
+def checked(
+    kind: type[SomeSection],
+    values: dict[str, Any],
+    file: str,
+    places: dict[tuple[str | int, ...], str] | None = None,
 ) -> SomeSection:
+    """`values` as a `kind`: a recipe, or another file of ours. Raises RecipeErrors with every fault."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = [_fault(dict(entry), values, file, places) for entry in error.errors()]
+        faults = [_fault(dict(entry), kind, file, places or {}) for entry in error.errors()]
         raise RecipeErrors(_without_repeats(faults)) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, noun: str = "recipe", example: str = EXAMPLE) -> dict[str, Any]:
+    """The mapping in a YAML file; `noun` and `example` say in errors what it should hold."""
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe", hint=f"write one, at least:\n{EXAMPLE}") from None
+        raise UserError(f"{path}: there is no such {noun}", hint=f"write one, at least:\n{example}") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a recipe", hint="give the path of a YAML file") from None
+        raise UserError(f"{path}: is a folder, not a {noun}", hint="give the path of a YAML file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8", hint="save the file as UTF-8") from None
-    return parse_yaml(text, str(path))
+    return parse_yaml(text, str(path), noun, example)
 
 
-def parse_yaml(text: str, file: str) -> dict[str, Any]:
+def parse_yaml(text: str, file: str, noun: str = "recipe", example: str = EXAMPLE) -> dict[str, Any]:
     try:
         values = YAML(typ="safe", pure=True).load(io.StringIO(text))
     except MarkedYAMLError as error:
@@ -84,11 +89,11 @@ def parse_yaml(text: str, file: str) -> dict[str, Any]:
     except YAMLError as error:
         raise UserError(f"{file}: {error}", hint="the file is not valid YAML") from None
     if values is None:
-        raise UserError(f"{file}: the recipe is empty", hint=f"write at least:\n{EXAMPLE}")
+        raise UserError(f"{file}: the {noun} is empty", hint=f"write at least:\n{example}")
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise UserError(
-            f"{file}: a recipe is a mapping of sections, not a {kind}", hint=f"start with:\n{EXAMPLE}"
+            f"{file}: a {noun} is a mapping of sections, not a {kind}", hint=f"start with:\n{example}"
         )
     return values
 
@@ -156,19 +161,19 @@ def _put(values: dict[str, Any], keys: list[str], value: Any) -> tuple[str | int
 
 
 def _fault(
-    entry: dict[str, Any], values: dict[str, Any], file: str, places: dict[tuple[str | int, ...], str]
+    entry: dict[str, Any], root: type[BaseModel], file: str, places: dict[tuple[str | int, ...], str]
 ) -> TunesmithError:
-    where = tuple(part for part in entry["loc"] if not _is_branch(part, entry["loc"], values))
-    path = ".".join(str(part) for part in where) or "the recipe"
+    where = tuple(part for part in entry["loc"] if not _is_branch(part))
+    path = ".".join(str(part) for part in where) or "the file"
     origin = next((name for place, name in places.items() if where[: len(place)] == place), file)
     if entry["type"] == "extra_forbidden":
-        section = _section(where[:-1])
-        return UserError(f"{origin}: {path}: there is no such key", hint=_near(str(where[-1]), section))
+        hint = _near(str(where[-1]), _section(where[:-1], root), root)
+        return UserError(f"{origin}: {path}: there is no such key", hint=hint)
     if entry["type"] == "missing":
-        return UserError(f"{origin}: {path}: is missing", hint=_describe(where))
+        return UserError(f"{origin}: {path}: is missing", hint=_describe(where, root))
     given = entry["input"]
     shown = f"{given!r}" if not isinstance(given, (dict, list)) else f"a {type(given).__name__}"
-    return UserError(f"{origin}: {path}: {shown} {_reason(entry)}", hint=_describe(where))
+    return UserError(f"{origin}: {path}: {shown} {_reason(entry)}", hint=_describe(where, root))
 
 
 def _reason(entry: dict[str, Any]) -> str:
@@ -199,16 +204,16 @@ def _reason(entry: dict[str, Any]) -> str:
     return kinds.get(entry["type"], f"does not fit: {entry['msg']}")
 
 
-def _is_branch(part: str | int, loc: tuple[str | int, ...], values: dict[str, Any]) -> bool:
+def _is_branch(part: str | int) -> bool:
     """Pydantic puts the tried member of a union into the path; it is not a key of the recipe."""
     if not isinstance(part, str):
         return False
     return part.startswith(("literal[", "constrained-", "list[")) or part in ("int", "float")
 
 
-def _section(where: tuple[str | int, ...]) -> type[BaseModel]:
-    """The model class that `where` leads to."""
-    model: type[BaseModel] = Recipe
+def _section(where: tuple[str | int, ...], root: type[BaseModel]) -> type[BaseModel]:
+    """The model class that `where` leads to, from `root` on."""
+    model = root
     for part in where:
         field = model.model_fields.get(str(part))
         if field is None:
@@ -218,14 +223,14 @@ def _section(where: tuple[str | int, ...]) -> type[BaseModel]:
     return model
 
 
-def _near(key: str, section: type[BaseModel]) -> str:
+def _near(key: str, section: type[BaseModel], root: type[BaseModel]) -> str:
     names = list(section.model_fields)
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
     elsewhere = [
         f"{name}.{key}"
-        for name, field in Recipe.model_fields.items()
+        for name, field in root.model_fields.items()
         if isinstance(field.annotation, type)
         and issubclass(field.annotation, BaseModel)
         and key in field.annotation.model_fields
@@ -233,10 +238,12 @@ def _near(key: str, section: type[BaseModel]) -> str:
     return f"did you mean '{elsewhere[0]}'?" if elsewhere else f"known here: {', '.join(names)}"
 
 
-def _describe(where: tuple[str | int, ...]) -> str | None:
-    names = [str(part) for part in where if isinstance(part, str)]
-    field = _section(where[:-1]).model_fields.get(names[-1]) if names else None
-    return field.description if field is not None else None
+def _describe(where: tuple[str | int, ...], root: type[BaseModel]) -> str | None:
+    for end in range(len(where), 0, -1):  # an entry of a list is described where the list is
+        field = _section(where[: end - 1], root).model_fields.get(str(where[end - 1]))
+        if field is not None:
+            return field.description
+    return None
 
 
 def _without_repeats(faults: list[TunesmithError]) -> list[TunesmithError]:

@@ -8,7 +8,6 @@ functions of (seed, step). So a run that goes on from a checkpoint does exactly 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import time
@@ -16,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
-
-import torch
 
 from tunesmith.core.errors import Interrupted, RunFailed
 from tunesmith.core.events import EventLog
@@ -34,6 +31,7 @@ from tunesmith.train.metrics import TensorBoard, peak_gib
 from tunesmith.train.objective import Objective, Supervised, Tally
 from tunesmith.train.optim import make_schedule
 from tunesmith.train.precision import first_scale
+from tunesmith.train.seeds import seed_everything, seed_of
 from tunesmith.train.speed import speed_up
 from tunesmith.train.stop import StopRequest
 
@@ -169,7 +167,7 @@ class Trainer:
         while True:
             pieces = faults.cut(batches, state.max_tokens)
             if lr is not None:
-                self.engine.begin(lr, _seed_of(self.settings.seed, state.step, -1))
+                self.engine.begin(lr, seed_of(self.settings.seed, state.step, -1))
             tally = Tally(self.objective)
             reason = self.backward(pieces, units, tally)
             if self.engine.sum([float(reason is not None)])[0] == 0:
@@ -390,13 +388,3 @@ class Trainer:
 
 def _is_due(every: int | str, step: int) -> bool:
     return isinstance(every, int) and every > 0 and step % every == 0
-
-
-def seed_everything(seed: int, step: int, micro: int) -> None:
-    """Give torch the random state of one micro-batch: a function of its numbers, whatever came before."""
-    torch.manual_seed(_seed_of(seed, step, micro))
-
-
-def _seed_of(seed: int, step: int, micro: int) -> int:
-    digest = hashlib.sha256(f"{seed} {step} {micro}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

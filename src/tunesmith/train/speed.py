@@ -46,7 +46,14 @@ class Speed:
 
 
 def speed_up(model: nn.Module, train: Train) -> Speed:
-    """Give `model` its fastest exact form under a resolved recipe's settings, and tell it.
+    """`make_fast`, and tell the person at the terminal."""
+    speed = make_fast(model, train)
+    say(f"computing with {speed.text()}")
+    return speed
+
+
+def make_fast(model: nn.Module, train: Train) -> Speed:
+    """Give `model` its fastest exact form under a resolved recipe's settings.
 
     Raises UserError and MissingExtra for kernels or a compiler that are not there.
     """
@@ -60,7 +67,7 @@ def speed_up(model: nn.Module, train: Train) -> Speed:
     fused = 0 if kernels == "liger" else use_fast_layers(model, compiled_math() if compiled else IN_BLOCKS)
     if compiled and not fused:
         raise not_compiled(model, kernels)
-    speed = Speed(
+    return Speed(
         device=device.type,
         threads=torch.get_num_threads(),
         kernels=kernels,
@@ -69,8 +76,6 @@ def speed_up(model: nn.Module, train: Train) -> Speed:
         lora_layers=fast_lora.speed_up(model),
         keeps_freed_memory=device.type == "cpu" and train.memory == "normal" and keep_freed_memory(),
     )
-    say(f"computing with {speed.text()}")
-    return speed
 
 
 def check_compiler(device: torch.device) -> None:

@@ -6,11 +6,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-# Dense bf16 products with fp32 sums, floating-point operations per second, from the makers' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A40": 149.7e12,
-    "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
+from tunesmith.core.errors import UserError
+from tunesmith.plan.cards import card_named
 
 
 def flops_per_token(model: Path, method: str) -> float:
@@ -36,5 +33,11 @@ def matrix_weights(model: Path) -> int:
 
 
 def peak_flops(gpu: str | None) -> float | None:
-    """What a GPU of that name could do in a second; None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if gpu and name in gpu), None)
+    """Dense bf16 products with fp32 sums that a GPU of that name does at its data sheet's rate, in
+    floating-point operations per second; None without a GPU, and for one that has none or is not known."""
+    if gpu is None:
+        return None
+    try:
+        return card_named(gpu).rate("bf16") * 1e12
+    except UserError:
+        return None

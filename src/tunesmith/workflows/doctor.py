@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core.checks import Check
 from tunesmith.core.errors import UserError
 from tunesmith.host.checks import run_checks
-from tunesmith.host.checks_host import Check
 from tunesmith.host.distro import read_distro
 from tunesmith.host.facts import Facts, load_facts
 from tunesmith.host.inventory import parse_target

@@ -15,6 +15,7 @@ import torch
 from tunesmith.core.errors import UserError
 from tunesmith.core.paths import write_text
 from tunesmith.core.progress import Meter
+from tunesmith.core.store_cache import local_path
 from tunesmith.model import attention
 from tunesmith.model.generate import generate
 from tunesmith.model.hardware import pick_device, pick_serving_dtype, set_threads
@@ -109,6 +110,7 @@ def evaluate_model(
     place = pick_device(device)
     dtype = pick_serving_dtype(precision, place)
     # In 16 bits a merge would round the weights: the adapter stays beside the base there.
+    path = local_path(path)
     recipe = recipe_of(path)
     opened = open_model(
         path,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.run_folder import is_run
+from tunesmith.core.store_cache import local_path
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.hub.sources import resolve_model
 from tunesmith.model.weights import is_adapter
@@ -13,7 +14,7 @@ from tunesmith.model.weights import is_adapter
 
 def with_given_adapter(files: ModelFiles, adapter: str) -> ModelFiles:
     """`files` with the adapter of the folder or run `adapter`, in place of its own."""
-    folder = Path(adapter).expanduser().absolute()
+    folder = Path(local_path(adapter)).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"--adapter {adapter}: there is no such folder", hint="check the path")
     if is_adapter(folder):
@@ -31,7 +32,7 @@ def adapter_beside(path: str, base: ModelFiles) -> Path:
 
     Raises UserError when there is none, or the run was trained on other weights than the base's.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = Path(local_path(path)).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"adapter {path}: there is no such folder", hint="check the path")
     if is_adapter(folder):

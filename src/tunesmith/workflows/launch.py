@@ -6,7 +6,6 @@ has the terminal; what the others print is kept, and shown when they fail.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -22,18 +21,16 @@ from typing import IO, Any
 from tunesmith.core import errors
 from tunesmith.core.errors import Interrupted, RunFailed, TunesmithError, UserError
 from tunesmith.core.net import free_port
-from tunesmith.core.proc import Process, spawn
+from tunesmith.core.proc import LAUNCHER, Process, end_with_parent, spawn
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.ranks import ranks_from
 
 PORT = 29500
-LAUNCHER = "TUNESMITH_LAUNCHER"
 # After the first failure the others have this long to tell their own before they are killed.
 GRACE_S = 3.0
 POLL_S = 0.05
 STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
-PR_SET_PDEATHSIG = 1
 SHOWN_LINES = 15
 
 
@@ -79,7 +76,7 @@ class Outcome:
 
 def processes_to_start(recipe_path: Path, overrides: list[str], cluster: Cluster) -> int:
     """Workers that this machine needs; 0 when the training runs in this process."""
-    if ranks_from(os.environ).size > 1:
+    if ranks_from(os.environ).size > 1 or "RANK" in os.environ:
         if cluster.nodes > 1:
             raise UserError(
                 "--nnodes under torchrun or srun", hint="leave it out: the processes are there already"
@@ -230,29 +227,37 @@ class Crew:
 
 def _error_of(worker: Worker) -> TunesmithError:
     """The error of a worker whose own words went nowhere."""
-    code, told = worker.code or 0, worker.printed().get("error")
+    told = worker.printed().get("error")
     if isinstance(told, dict):
-        kind = getattr(errors, str(told["type"]), TunesmithError)
-        cls = kind if kind in (UserError, RunFailed, errors.PlanRefused) else TunesmithError
-        found: TunesmithError = cls(f"rank {worker.rank}: {told['what']}", told["hint"])
-        return found
+        return as_error(told, f"rank {worker.rank}")
     lines = worker.last_lines()
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    what, hint = how_it_ended(worker.code or 0, "the same command goes on from the last checkpoint")
     return RunFailed(
-        f"rank {worker.rank} (process {worker.process.pid}) {how}; the others were ended"
+        f"rank {worker.rank} (process {worker.process.pid}) {what}; the others were ended"
         + (f"; its last lines:\n{lines}" if lines else ""),
-        hint=("the kernel kills when memory runs out ('dmesg' tells); " if code == -signal.SIGKILL else "")
-        + "the same command goes on from the last checkpoint",
+        hint,
     )
+
+
+def as_error(told: Mapping[str, Any], who: str) -> TunesmithError:
+    """The error that `who` has printed with `--json`, as one of its kind."""
+    kind = getattr(errors, str(told["type"]), TunesmithError)
+    cls = kind if kind in (UserError, RunFailed, errors.PlanRefused) else TunesmithError
+    found: TunesmithError = cls(f"{who}: {told['what']}", told["hint"])
+    return found
+
+
+def how_it_ended(code: int, hint: str) -> tuple[str, str]:
+    """(what, hint) of a process that ended with `code`: negative for a signal."""
+    what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    kernel = "the kernel kills when memory runs out ('dmesg' tells); " if code == -signal.SIGKILL else ""
+    return what, kernel + hint
 
 
 def enter_worker(env: Mapping[str, str]) -> None:
     """In a worker: end with the process that started it, however that ends."""
-    if LAUNCHER not in env:
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(env[LAUNCHER]):
-        os._exit(1)
+    if LAUNCHER in env:
+        end_with_parent(int(env[LAUNCHER]))
 
 
 def wait_for_the_end(env: Mapping[str, str], sleep: Callable[[float], None] = time.sleep) -> None:

@@ -21,6 +21,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.core.net import EventClient, NetError
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import open_run
+from tunesmith.core.store_cache import local_path
 from tunesmith.model.hardware import pick_device, set_threads
 from tunesmith.model.template import encode_prompt
 from tunesmith.workflows.eval_rows import EvalRow, held_out_rows, read_rows
@@ -65,7 +66,7 @@ class Parity:
 
 
 def verify_parity(
-    run: Path,
+    run: str,
     url: str,
     *,
     api_key: str | None = None,
@@ -76,11 +77,11 @@ def verify_parity(
 ) -> Parity:
     """Compare the endpoint at `url` with the run. Raises UserError for a run or rows that cannot be used, and
     for an endpoint that is not there or has no such model."""
-    folder = open_run(run)
+    folder = open_run(Path(local_path(run)))
     recipe = run_recipe(folder)
     set_threads("auto")
     opened = open_model(
-        str(run),
+        str(folder.path),
         dtype=torch.float32,
         device=pick_device("auto"),
         trust_remote_code=recipe.model.trust_remote_code,

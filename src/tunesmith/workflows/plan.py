@@ -23,7 +23,7 @@ from tunesmith.workflows.data import ShownRow
 from tunesmith.workflows.plan_course import warnings_on
 from tunesmith.workflows.plan_duration import Ear, Run, time_of
 from tunesmith.workflows.plan_files import disk_of, published_bytes
-from tunesmith.workflows.plan_fit import Case, Remedy, find_remedy
+from tunesmith.workflows.plan_fit import Case, Remedy, Traced, find_remedy, target_of
 from tunesmith.workflows.plan_machine import Verdict
 from tunesmith.workflows.plan_memory import plan_memory
 from tunesmith.workflows.plan_model import Size, size_of
@@ -102,7 +102,7 @@ def make_plan(subject: Subject, *, rows: int = 0) -> RunPlan:
     disk = disk_of(subject, size, work)
     remedy, fits = None, subject.machine.verdict(memory) != "does not fit"
     if not fits:
-        remedy = find_remedy(case_of(subject, new_ids))
+        remedy = find_remedy(_known(case_of(subject, new_ids), memory, ear, traced))
     duration, late = None, ""
     if memory is not None and (fits or not subject.machine.here):  # what cannot run is not measured
         duration, late = _tried("time", lambda: duration_of(subject, traced, ear, size, disk))
@@ -174,6 +174,14 @@ def case_of(subject: Subject, new_ids: tuple[int, ...] = ()) -> Case:
         data=subject.data,
         gpus=subject.gpus,
     )
+
+
+def _known(case: Case, memory: MemoryPlan | None, ear: Ear, traced: Work) -> Case:
+    """The case, in which the recipe as it stands need not be traced again."""
+    if memory is not None:
+        key = target_of(case).resolve(case.recipe).model_dump_json()
+        case.traces[key] = Traced(memory=memory, ear=ear, work=traced)
+    return case
 
 
 def _memory(subject: Subject, traced: Work, ear: Ear) -> tuple[MemoryPlan | None, str]:

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.model.batch import Batch
-from tunesmith.plan.cards import Card
+from tunesmith.plan.cards import Card, this_card
 from tunesmith.plan.duration import TimePlan
 from tunesmith.plan.operations import Call, Calls
+from tunesmith.plan.scale import Sends, card_network
 from tunesmith.plan.trace import Trace
 from tunesmith.recipe.schema import Recipe
+from tunesmith.workflows.plan_link import assumed_network, measured_network
+from tunesmith.workflows.plan_probe import Device, load_of
 from tunesmith.workflows.plan_step import Work
-from tunesmith.workflows.plan_time import Device, Traced, plan_time, run_load, traced_by
+from tunesmith.workflows.plan_time import (
+    PROBE_SHARE,
+    Traced,
+    card_step,
+    exchange_of,
+    guessed_s,
+    plan_time,
+    probed_step,
+    run_load,
+    together,
+    traced_by,
+)
+
+# Starting processes to time their messages takes about so long, most of it for torch to begin.
+MEASURING_S = 8.0
 
 
 @dataclass
@@ -93,7 +110,7 @@ def time_of(
     """The plan of a run whose memory trace `ear` has heard on `work`. card: looked up, None: measured here;
     folder: of checkpoints here; measured: real steps (`plan_time`)."""
     text = config.get_text_config()
-    load, _ = run_load(
+    load, typical = run_load(
         run.recipe,
         run.steps,
         run.batches,
@@ -104,14 +121,38 @@ def time_of(
         start_bytes=run.start_bytes,
     )
     traced: Traced = traced_by(ear.calls(text.num_hidden_layers), run.recipe, work)
+    if card is None:
+        some = replace(work, batch=typical)
+        step = probed_step(run.recipe, config, some, traced, load, device=device)
+    else:
+        step = card_step(traced, card, text.vocab_size)
+    if load.processes > 1:
+        known = card or (this_card() if device == "cuda" else None)
+        network = _network(run.recipe, text, known, guessed_s(step.arithmetic, load, device))
+        step = (
+            together(step, traced, run.recipe, network)
+            if card is None
+            else replace(step, exchange=exchange_of(traced, run.recipe, network))
+        )
     return plan_time(
-        run.recipe,
-        [traced],
-        load,
+        replace(load, largest=load_of(work.batch)),
+        step,
         device=device,
-        vocabulary=text.vocab_size,
         card=card,
         folder=folder,
         price_per_hour=price_per_hour,
         measured=measured,
     )
+
+
+def _network(recipe: Recipe, text: Any, card: Card | None, guessed: float) -> Sends:
+    """What the processes of a recipe send over: between cards as their data sheets say, on a CPU measured,
+    or assumed for a run that is too short to be worth it. guessed: seconds of the run."""
+    processes, threads = recipe.hardware.processes, recipe.hardware.threads
+    assert processes != "auto" and threads != "auto"
+    if card is not None:
+        return card_network(card, processes)
+    if PROBE_SHARE * guessed < MEASURING_S:
+        return assumed_network(processes)
+    sizes = {"hidden": text.hidden_size, "intermediate": text.intermediate_size}
+    return measured_network(processes, threads=threads, **sizes)

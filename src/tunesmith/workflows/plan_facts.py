@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.paths import write_text
-from tunesmith.plan.facts import Scored, percentile, read_rows, score, summary
+from tunesmith.plan.facts import Scored, percentile, score, summary
+from tunesmith.plan.facts_rows import read_rows
 
 HEAD = "| row | stack | predicted GiB | measured GiB | error |\n|---|---|---:|---:|---:|"
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from tunesmith.core.errors import UserError
+from tunesmith.core.progress import say
+from tunesmith.core.units import bytes_text
 from tunesmith.model.config import context_length
 from tunesmith.model.shape import meta_model
 from tunesmith.plan.auto import Choice, choose, has_auto
@@ -27,8 +29,9 @@ from tunesmith.workflows.data import step_plan
 from tunesmith.workflows.plan_duration import Ear
 from tunesmith.workflows.plan_machine import Machine, facts_on
 from tunesmith.workflows.plan_memory import CONTEXT_BYTES, plan_memory, worst_batch
+from tunesmith.workflows.plan_probe import load_of
 from tunesmith.workflows.plan_step import Work
-from tunesmith.workflows.plan_time import load_of, looked_up, step_time, traced_by
+from tunesmith.workflows.plan_time import card_step, traced_by
 from tunesmith.workflows.run_data import RunData
 
 # Of a CPU's memory, which is also everyone else's, what a choice made by itself may take.
@@ -40,7 +43,7 @@ class Traced:
     """A memory plan, and what its trace has heard, by which a card's time is known."""
 
     memory: MemoryPlan
-    ear: Ear
+    ear: Ear | None
     work: Work
 
 
@@ -50,7 +53,8 @@ class Case:
 
     recipe: as written, with its "auto"s; config: of the model, as transformers has it; work: what the step of
     the recipe as it stands is traced on; data: its rows, None where they are not counted; gpus: cards that
-    may be used; traces: of resolved recipes, and works: of their sizes, each made once.
+    may be used; timed: whether traces are to tell the time on a card; told: whether each is
+    told to whoever waits; traces: of resolved recipes, and works: of their sizes, each made once.
     """
 
     recipe: Recipe
@@ -59,6 +63,8 @@ class Case:
     work: Work
     data: RunData | None = None
     gpus: int = 1
+    timed: bool = True
+    told: bool = False
     traces: dict[str, Traced] = field(default_factory=dict, compare=False)
     works: dict[tuple[Any, ...], Work] = field(default_factory=dict, compare=False)
 
@@ -69,7 +75,8 @@ class Case:
         return self.traces[key]
 
     def _trace(self, resolved: Recipe) -> Traced:
-        ear, work, context = Ear(), self._work(resolved), self.machine.context_bytes
+        ear = Ear() if self.timed and self.machine.card is not None else None
+        work, context = self._work(resolved), self.machine.context_bytes
         memory = plan_memory(
             resolved,
             self.config,
@@ -79,6 +86,8 @@ class Case:
             listen=ear,
             **({} if context is None else {"context_bytes": context}),
         )
+        if self.told:
+            say(f"{_in_short(resolved)}: {bytes_text(self.machine.needed_bytes(memory))}")
         return Traced(memory=memory, ear=ear, work=work)
 
     def _work(self, resolved: Recipe) -> Work:
@@ -91,12 +100,23 @@ class Case:
     def tokens_per_s(self, resolved: Recipe) -> float:
         """Of one process of the resolved recipe on the machine's card."""
         card, text = self.machine.card, self.config.get_text_config()
-        assert card is not None
         found = self.traced(resolved)
+        assert card is not None and found.ear is not None
         heard = traced_by(found.ear.calls(text.num_hidden_layers), resolved, found.work)
-        step = step_time([heard], looked_up([heard], card), text.vocab_size)
+        step = card_step(heard, card, text.vocab_size)
         passes, load = resolved.train.grad_accumulation, load_of(found.work.batch)
         return passes * load.tokens / (passes * step.pass_s(load) + step.update_s)
+
+
+def _in_short(resolved: Recipe) -> str:
+    """What distinguishes one candidate from the next."""
+    train, method = resolved.train, resolved.method
+    return (
+        f"{method.type}, {train.micro_batch_size} x {resolved.data.max_length} tokens, {train.precision}, "
+        f"{train.optimizer}, checkpointing {train.gradient_checkpointing}"
+        f"{', activations in host memory' if train.activation_offload else ''}"
+        f"{f', {resolved.parallel.engine}' if resolved.parallel.engine != 'single' else ''}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +140,9 @@ class Remedy:
 
 
 def find_remedy(case: Case) -> Remedy:
-    """How to make a recipe fit that does not. Takes one to a few seconds for each of about ten plans."""
+    """How to make a recipe fit that does not. Makes about ten plans, each told when it is made."""
+    say("does not fit: looking for the cheapest change with which it does")
+    case = replace(case, told=True)
     target = target_of(case)
     fix = cheapest_fix(case.recipe, target)
     if fix is not None:
@@ -167,7 +189,8 @@ def resolve_auto(case: Case) -> Choice:
     """The recipe with values for method.type and train.micro_batch_size, where they are "auto"."""
     if not has_auto(case.recipe):
         return Choice(recipe=case.recipe)
-    target = target_of(case)
+    say("looking for the settings that are 'auto'")
+    target = target_of(replace(case, told=True))
     if case.machine.device == "cpu":
         target = replace(target, capacity_bytes=int(target.capacity_bytes * CPU_SHARE))
     return choose(case.recipe, target)
@@ -192,7 +215,7 @@ def target_of(case: Case) -> Target:
         need=lambda recipe: _needed(machine, case.traced(recipe).memory),
         floor=lambda recipe: _floor(parameters, recipe) + (machine.context_bytes or 0),
         gpus=case.gpus,
-        speed=None if machine.card is None else case.tokens_per_s,
+        speed=case.tokens_per_s if case.timed and machine.card is not None else None,
         rows_lost=None if case.data is None else partial(rows_longer, case.data),
     )
 

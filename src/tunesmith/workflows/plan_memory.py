@@ -91,7 +91,8 @@ def trace_recipe(
         step = RecipeStep(recipe, config, work, layers=number, device=device)
         return step if listen is None else Heard(step, listen)
 
-    few = few_layers(recipe, layer_elements(recipe, config))
+    sharded = recipe.parallel.engine == "deepspeed"  # elsewhere their size says nothing
+    few = few_layers(recipe, layer_elements(recipe, config) if sharded else 0)
     return trace_step(make, layers, exact=exact, device=device, few=few)
 
 

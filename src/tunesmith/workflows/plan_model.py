@@ -12,6 +12,8 @@ from peft import PeftModel
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.hub_cache import hub_cache
 from tunesmith.core.run_folder import RunFolder, is_run
+from tunesmith.core.store import is_url
+from tunesmith.core.store_cache import fetch
 from tunesmith.hub.builtin import BUILTIN
 from tunesmith.hub.lock import read_lock
 from tunesmith.hub.made import is_whole, models_dir
@@ -74,6 +76,8 @@ def find_model(model: Model) -> PlannedModel:
 def _named(path: str, model: Model, *, depth: int) -> PlannedModel:
     if depth > DEPTH:
         raise UserError(f"{path}: runs or adapters name each other as their base in a circle")
+    if is_url(path):
+        return _named(str(fetch(path)), model, depth=depth + 1)
     local = Path(path).expanduser().absolute()
     if local.is_dir():
         return _folder(local, model, depth)

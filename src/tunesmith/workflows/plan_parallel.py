@@ -24,6 +24,7 @@ from tunesmith.plan.timeline import Place
 from tunesmith.plan.trace import Trace
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.activations import MIN_OFFLOAD_BYTES
+from tunesmith.train.deepspeed_engine import BUCKET_ELEMENTS
 from tunesmith.train.engines import SHARDED, make_engine
 from tunesmith.train.fsdp import FsdpEngine
 from tunesmith.train.group import leave_group
@@ -40,8 +41,6 @@ from tunesmith.workflows.plan_zero import (
 )
 
 Device = Literal["cpu", "cuda"]
-# DeepSpeed's default for `reduce_bucket_size`, which our configuration leaves as it is.
-BUCKET_ELEMENTS = 500_000_000
 
 
 @contextmanager
@@ -187,12 +186,23 @@ def _traced_zero(model: Any, objective: Objective, recipe: Recipe, ranks: Ranks,
     return engine
 
 
+def learns_an_order(recipe: Recipe) -> bool:
+    """Whether a step takes other memory than the first. ZeRO-3 learns in the trial which weights come next,
+    gathers ahead from then on, and after an update gathers small weights and keeps them whole."""
+    return recipe.parallel.engine == "deepspeed" and recipe.parallel.zero_stage == 3
+
+
+def leaves_gradients(recipe: Recipe) -> bool:
+    """Whether one micro-batch of a step finds the gradients of another, and both are in this process alone:
+    the first then never holds more than the second, which tells all."""
+    return recipe.parallel.engine == "single" and recipe.train.grad_accumulation > 1
+
+
 def passes_of(recipe: Recipe, processes: int) -> int:
-    """Micro-batches after which the step's memory is no more than it was: two, where one process has so many
-    of a step. ZeRO-3 learns in two passes which weights come next, and from the third on gathers ahead."""
-    if recipe.parallel.engine == "deepspeed" and recipe.parallel.zero_stage == 3:
-        return 3
-    return min(2, -(-recipe.train.grad_accumulation // processes))
+    """Micro-batches to trace, after which a step's memory is no more than it was: two, where one process of
+    several has so many of a step."""
+    several = -(-recipe.train.grad_accumulation // processes)
+    return 1 if recipe.parallel.engine == "single" else min(2, several)
 
 
 def loaded_on(recipe: Recipe, device: Device) -> Place:

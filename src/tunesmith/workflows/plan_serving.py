@@ -17,17 +17,16 @@ from tunesmith.model.generator import PREFILL_TOKENS
 from tunesmith.model.kv_cache import cache_room
 from tunesmith.model.pages import PAGE, pages_for
 from tunesmith.plan.cards import Card
+from tunesmith.plan.decoder import Shape, shape_of
 from tunesmith.plan.generation import (
     VLLM_BLOCK,
     VLLM_VERSIONS,
     CardKind,
-    Shape,
     VllmRun,
     VllmVersion,
     card_kind,
     default_batch,
     layer_bytes,
-    shape_of,
     vllm_activation,
     vllm_graphs,
     vllm_non_torch,

@@ -3,7 +3,8 @@ tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from tunesmith.model.fast_layers import use_fast_layers
 from tunesmith.model.generate import evaluating
 from tunesmith.model.hardware import pretending
 from tunesmith.model.shape import decoder_layers, make_fake, meta_model, quantise_shape
+from tunesmith.plan.liger_kernels import imagined_liger
 from tunesmith.plan.trace import Trace
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import fast_lora
@@ -25,6 +27,8 @@ from tunesmith.train.precision import base_dtype
 from tunesmith.train.ranks import Ranks
 from tunesmith.workflows.plan_parallel import (
     imagined_group,
+    learns_an_order,
+    leaves_gradients,
     loaded_on,
     passes_of,
     trace_save,
@@ -56,8 +60,16 @@ class RecipeStep:
         self.model = shape_of(recipe, config, layers=layers, new_token_ids=work.new_token_ids)
 
     def run(self, trace: Trace) -> None:
-        with pretending(self.device), imagined_group(self.recipe, trace, self.device) as ranks:
-            self._run(trace, self._load(trace, ranks), passes_of(self.recipe, ranks.size))
+        given = len(trace.listeners)
+        liger = self.recipe.train.kernels == "liger"
+        kernels = imagined_liger(attention.unwrapped(self.model)) if liger else nullcontext()
+        with pretending(self.device), imagined_group(self.recipe, trace, self.device) as ranks, kernels:
+            engine = self._load(trace, ranks)
+            if learns_an_order(self.recipe):
+                with _unheard(trace, given):
+                    self._begin(trace, engine)
+            self._update(trace, engine, self._passes(ranks))
+            self._duties(trace, engine)
 
     def _load(self, trace: Trace, ranks: Ranks) -> Engine:
         model, inner = self.model, attention.unwrapped(self.model)
@@ -65,12 +77,28 @@ class RecipeStep:
             make_fake(model)
         trace.watch(model, inner.config.get_text_config().vocab_size, decoder_layers(inner))
         engine = traced_engine(model, self.work.objective(model), self.recipe, ranks, trace, self.device)
-        use_fast_layers(model)
+        if self.recipe.train.kernels != "liger":
+            use_fast_layers(model)
         fast_lora.speed_up(model)
         model.train()
         return engine
 
-    def _run(self, trace: Trace, engine: Engine, passes: int) -> None:
+    def _passes(self, ranks: Ranks) -> int:
+        """How many micro-batches are traced, gradients of an earlier one in place."""
+        if leaves_gradients(self.recipe):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+        return passes_of(self.recipe, ranks.size)
+
+    def _begin(self, trace: Trace, engine: Engine) -> None:
+        """The trial of the largest batch, what is due before the first step, and that step."""
+        self._pass(trace, engine, last=True)
+        engine.drop_gradients()
+        self._duties(trace, engine)
+        self._update(trace, engine, 1)
+
+    def _update(self, trace: Trace, engine: Engine, passes: int) -> None:
         engine.begin(1e-4, 0)
         for number in range(passes):
             self._pass(trace, engine, last=number == passes - 1)
@@ -78,6 +106,8 @@ class RecipeStep:
         with updating(engine, self.recipe, trace, self.device):
             engine.update(divide_by=1.0, max_norm=self.recipe.train.max_grad_norm)
         engine.drop_gradients()
+
+    def _duties(self, trace: Trace, engine: Engine) -> None:
         if self.work.eval_batch is not None:
             self._evaluate(trace, engine, self.work.eval_batch)
         self._sample(trace, engine)
@@ -113,6 +143,17 @@ class RecipeStep:
             hidden = attention.hidden_states(self.model, ids, positions, layout)
             attention.lm_head(self.model)(hidden[:, -1:])
         del cache
+
+
+@contextmanager
+def _unheard(trace: Trace, given: int) -> Iterator[None]:
+    """Keep what goes before the step from the trace's first `given` listeners, who count one step."""
+    before = trace.listeners
+    trace.listeners = before[given:]
+    try:
+        yield
+    finally:
+        trace.listeners = before
 
 
 def shape_of(recipe: Recipe, config: Any, *, layers: int, new_token_ids: tuple[int, ...] = ()) -> Any:

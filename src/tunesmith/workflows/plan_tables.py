@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
+
+from tunesmith.core.cpu import physical_cores
 from tunesmith.core.errors import UserError
+from tunesmith.core.forks import side_by_side
+from tunesmith.core.progress import say
 from tunesmith.core.units import GIB
+from tunesmith.plan import fit
 from tunesmith.plan.cards import Card, card_named
 from tunesmith.plan.changes import applied
-from tunesmith.plan.fit import Target, largest
 from tunesmith.plan.sizes import config_of
+from tunesmith.plan.timeline import Category
 from tunesmith.recipe.schema import Recipe
 from tunesmith.workflows.plan_fit import Case, target_of
 from tunesmith.workflows.plan_machine import named_machine
@@ -58,6 +65,9 @@ CHART_CARDS = (
     "rtx3060", "t4", "rtx4080", "rtx3090", "rtx5090", "l40s", "a100-40", "a100-80", "h100", "h200", "b200",
 )  # fmt: skip
 CHART_LENGTH = 2048
+# What does not depend on the number of packs.
+STATES: tuple[Category, ...] = ("weights", "quantised weights", "gradients", "optimizer state")
+MOST_PROCESSES = 4  # each takes some hundred MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +96,12 @@ class MethodRow:
             speed,
         )
 
+    def text(self) -> str:
+        """One line, for whoever waits for the table."""
+        _, _, need, _, most, speed = self.cells()
+        fits = f"{most} packs at most, {speed} tokens/s" if self.fits else "does not fit"
+        return f"{self.method}, checkpointing {self.checkpointing}: {need} GiB, {fits}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodTable:
@@ -107,7 +123,7 @@ class MethodTable:
 
 
 def method_table(case: Case, methods: Sequence[str] = tuple(METHODS)) -> MethodTable:
-    """The methods side by side for the case's recipe, at its length. Takes a minute or two for all of them.
+    """The methods side by side for the case's recipe, at its length; each row is told when it is known.
 
     Raises UserError for a recipe that cannot work.
     """
@@ -115,23 +131,39 @@ def method_table(case: Case, methods: Sequence[str] = tuple(METHODS)) -> MethodT
     resolved = target_of(case).resolve(applied(case.recipe, {**PLAIN, **METHODS["LoRA"]}))
     length = resolved.data.max_length
     assert length != "auto"
-    rows = [row for name in methods for row in _rows(case, length, name, METHODS[name])]
-    return MethodTable(machine=case.machine.name, capacity_bytes=capacity, length=length, rows=tuple(rows))
+    jobs = [
+        partial(_row_of, case, length, name, checkpointing)
+        for name in methods
+        for checkpointing in ("none", "full")
+    ]
+    rows: dict[int, MethodRow] = {}
+    for number, row in side_by_side(jobs, _processes()):
+        if row is not None:
+            say(row.text())
+            rows[number] = row
+    ordered = tuple(rows[number] for number in sorted(rows))
+    return MethodTable(machine=case.machine.name, capacity_bytes=capacity, length=length, rows=ordered)
 
 
-def _rows(case: Case, length: int, name: str, settings: Mapping[str, Any]) -> Iterator[MethodRow]:
-    for checkpointing in ("none", "full"):
-        recipe = applied(case.recipe, {**PLAIN, **settings, "train.gradient_checkpointing": checkpointing})
-        work = replace(case.work, batch=full_batch(length, 1))
-        row_case = replace(case, recipe=recipe, work=work, data=None, traces={}, works={})
-        try:
-            yield _row(recipe, target_of(row_case), name, checkpointing)
-        except UserError:
-            continue
+def _processes() -> int:
+    """That trace side by side: a copy of a process that uses a GPU could not."""
+    return 1 if torch.cuda.is_initialized() else min(MOST_PROCESSES, physical_cores())
 
 
-def _row(recipe: Recipe, target: Target, name: str, checkpointing: str) -> MethodRow:
-    resolved, room = target.resolve(recipe), target.capacity_bytes
+def _row_of(case: Case, length: int, name: str, checkpointing: str) -> MethodRow | None:
+    """None for what the recipe's other settings forbid."""
+    settings = {**PLAIN, **METHODS[name], "train.gradient_checkpointing": checkpointing}
+    work = replace(case.work, batch=full_batch(length, 1))
+    one = replace(case, recipe=applied(case.recipe, settings), work=work, data=None, traces={}, works={})
+    try:
+        return _row(one, name, checkpointing)
+    except UserError:
+        return None
+
+
+def _row(case: Case, name: str, checkpointing: str) -> MethodRow:
+    target = target_of(case)
+    resolved, room = target.resolve(case.recipe), target.capacity_bytes
     floor = target.floor(resolved)
     if floor > room:
         return MethodRow(
@@ -143,9 +175,20 @@ def _row(recipe: Recipe, target: Target, name: str, checkpointing: str) -> Metho
             micro_batch_size=0,
             tokens_per_s=None,
         )
+
+    def at_once(number: int) -> Recipe:
+        return target.resolve(applied(case.recipe, {"train.micro_batch_size": number}))
+
+    def need_of(number: int) -> fit.Need:
+        many = at_once(number)
+        moments = case.traced(many).memory.moments
+        parts = {moment.phase: moment.num_bytes for moment in moments}
+        fixed = {m.phase: sum(m.parts.get(category, 0) for category in STATES) for m in moments}
+        return fit.Need(target.need(many), parts, fixed)
+
     need = target.need(resolved)
-    size = largest(lambda number: target.need(_at_once(recipe, target, number)), room)
-    speed = target.speed(_at_once(recipe, target, size)) if size and target.speed is not None else None
+    size = fit.largest(need_of, room)
+    speed = target.speed(at_once(size)) if size and target.speed is not None else None
     return MethodRow(
         method=name,
         checkpointing=checkpointing,
@@ -155,10 +198,6 @@ def _row(recipe: Recipe, target: Target, name: str, checkpointing: str) -> Metho
         micro_batch_size=size,
         tokens_per_s=speed,
     )
-
-
-def _at_once(recipe: Recipe, target: Target, number: int) -> Recipe:
-    return target.resolve(applied(recipe, {"train.micro_batch_size": number}))
 
 
 # -- the chart ----------------------------------------------------------------------------------------------
@@ -212,7 +251,9 @@ def card_table(
     """
     known = {name: card_named(name) for name in cards}
     largest_card = max(known.values(), key=lambda card: card.room_bytes)
-    needs = {name: _needs(name, length, largest_card) for name in sizes}
+    jobs = [partial(_needs, name, length, largest_card) for name in sizes]
+    found = dict(side_by_side(jobs, _processes()))
+    needs = {name: found[number] for number, name in enumerate(sizes)}
     best = {name: {card: _best(needs[name], known[card]) for card in cards} for name in sizes}
     return CardTable(length=length, cards=tuple(cards), needs=needs, best=best)
 
@@ -225,7 +266,9 @@ def _needs(name: str, length: int, largest_card: Card) -> dict[str, Need]:
     found = {}
     for method, more in CHART.items():
         recipe = applied(base, {**settings, **more})
-        found[method] = _need(Case(recipe=recipe, machine=machine, config=config, work=work), largest_card)
+        case = Case(recipe=recipe, machine=machine, config=config, work=work, timed=False)
+        found[method] = _need(case, largest_card)
+    say(f"{name}: " + ", ".join(f"{method} {need.text()} GiB" for method, need in found.items()))
     return found
 
 

@@ -1,24 +1,23 @@
-"""How long a recipe's training takes: its step traced, its operations measured here or known of a card."""
+"""How long a recipe's training takes: its step traced, then timed here or looked up for a card."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tunesmith.model.batch import Batch
 from tunesmith.model.hardware import keep_freed_memory
 from tunesmith.plan.card_rates import card_rates
 from tunesmith.plan.cards import Card
+from tunesmith.plan.disk import write_rate
 from tunesmith.plan.duration import (
     Arithmetic,
     Load,
-    Operation,
     Pass,
     RunLoad,
     StepTime,
@@ -27,19 +26,20 @@ from tunesmith.plan.duration import (
     plan_run_time,
 )
 from tunesmith.plan.operations import Call, Calls
-from tunesmith.plan.probe import guess_s, measure, write_rate
+from tunesmith.plan.scale import Collective, Exchange, Sends, Traffic, collective_of, traffic_s
 from tunesmith.plan.trace import Trace
 from tunesmith.recipe.schema import Recipe
+from tunesmith.train.engines import SHARDED
+from tunesmith.train.parallel import BUCKET_BYTES
 from tunesmith.workflows.plan_parallel import passes_of
+from tunesmith.workflows.plan_probe import Device, load_of, probe
 from tunesmith.workflows.plan_step import RecipeStep, Work
-
-Device = Literal["cpu", "cuda"]
-Seconds = Callable[[Mapping[Call, int]], float]
 
 # Micro-batches that are looked at to find the typical one.
 LOOKED_AT = 64
-# The probe takes no more than this share of the run, and no more than so many seconds.
-PROBE_SHARE, PROBE_S = 0.03, 4.0
+# The probe takes no more than this share of the run, and no more than so many seconds: two steps excepted.
+PROBE_SHARE, PROBE_S = 0.03, 3.0
+GUESS_FLOPS_PER_S: Mapping[Device, float] = {"cpu": 2e11, "cuda": 2e13}
 # Where no disk is there to be measured: a SATA SSD.
 ASSUMED_DISK_BYTES_PER_S = 500e6
 
@@ -55,12 +55,6 @@ class Traced:
 
     def counts(self, *phases: str) -> Mapping[Call, int]:
         return self.calls.of(*phases)
-
-
-def load_of(batch: Batch) -> Load:
-    """What a micro-batch is to the model."""
-    lengths = np.diff(batch.starts).astype(np.int64)
-    return Load(tokens=batch.num_tokens, squares=int((lengths * lengths).sum()), labels=batch.num_supervised)
 
 
 def trace_calls(recipe: Recipe, config: Any, work: Work, *, device: Device) -> Traced:
@@ -149,26 +143,20 @@ def _typical(batches: Sequence[Batch], mean: Load) -> Batch:
 
 
 def plan_time(
-    recipe: Recipe,
-    traced: Sequence[Traced],
     run: RunLoad,
+    step: StepTime,
     *,
     device: Device,
-    vocabulary: int,
     card: Card | None = None,
     folder: Path | None = None,
     price_per_hour: float | None = None,
     measured: Sequence[tuple[Sequence[Batch], float]] = (),
 ) -> TimePlan:
-    """Predict a run of the resolved recipe.
+    """Predict a run.
 
-    traced: its step on one or more micro-batches, the typical one and, if it differs, the largest; run: what
-    it does; vocabulary: of the model's head; card: looked up in place of a probe of this machine; folder:
-    where checkpoints go, None for another machine's disk; measured: real steps, their micro-batches with
-    their seconds, by which the sum of the operations is corrected.
+    step: of it, by the probe or for `card`; folder: where checkpoints go, None for another machine's disk;
+    measured: real steps, their micro-batches with their seconds, by which the step is corrected.
     """
-    seconds = probed(recipe, traced, run, device=device) if card is None else looked_up(traced, card)
-    step = step_time(traced, seconds, vocabulary)
     factor = 1.0
     if measured:
         said = [
@@ -187,44 +175,97 @@ def plan_time(
     )
 
 
-def probed(recipe: Recipe, traced: Sequence[Traced], run: RunLoad, *, device: Device) -> Seconds:
-    """Seconds of calls, measured on this machine with the recipe's number of threads (torch's by now)."""
+def probed_step(
+    recipe: Recipe, config: Any, work: Work, traced: Traced, run: RunLoad, *, device: Device
+) -> StepTime:
+    """The step of a resolved recipe, timed on this machine on `work` with few layers, as one process alone
+    takes it. traced: with all."""
     if device == "cpu" and recipe.train.memory == "normal":
         keep_freed_memory()  # as the run will
-    counts: dict[Call, int] = {}
-    operations = _operations(traced)
-    for one in traced:
-        for call, count in one.counts("forward", "backward", "update", "evaluate").items():
-            counts[call] = max(counts.get(call, 0), count)
-    guessed = run.steps * sum(guess_s(operations[call]) * count for call, count in counts.items())
-    found = measure(counts, operations, device=device, budget_s=min(PROBE_S, PROBE_SHARE * guessed))
-    return lambda wanted: sum((found.seconds[call] * count for call, count in wanted.items()), 0.0)
-
-
-def looked_up(traced: Sequence[Traced], card: Card) -> Seconds:
-    """Seconds of calls on a card, from its data sheet and what training reaches of it."""
-    rates = card_rates(card)
-    operations = _operations(traced)
-    return lambda wanted: sum((rates.seconds(operations[call]) * n for call, n in wanted.items()), 0.0)
-
-
-def _operations(traced: Sequence[Traced]) -> dict[Call, Operation]:
-    return {call: operation for one in traced for call, operation in one.calls.operations.items()}
-
-
-def step_time(traced: Sequence[Traced], seconds: Seconds, vocabulary: int) -> StepTime:
-    first = traced[0]
-    passes = [
-        Pass(load=one.load, seconds=seconds(one.counts("forward", "backward")) / one.passes) for one in traced
-    ]
+    arithmetic = arithmetic_of(traced, config.get_text_config().vocab_size)
+    budget = min(PROBE_S, PROBE_SHARE * guessed_s(arithmetic, run, device))
+    found = probe(recipe, config, work, arithmetic, device=device, budget_s=budget)
     evaluate = None
-    if first.eval_load is not None:
-        evaluate = Pass(load=first.eval_load, seconds=seconds(first.counts("evaluate")))
+    if traced.eval_load is not None:
+        times = traced.calls.flops("evaluate") / max(1, traced.calls.flops("forward") / traced.passes)
+        forward_s = found.forward_s * arithmetic.flops(traced.load) / arithmetic.flops(found.load)
+        evaluate = Pass(load=traced.eval_load, seconds=times * forward_s)
+    one = Pass(load=found.load, seconds=found.pass_s)
+    return StepTime(arithmetic=arithmetic, one=one, update_s=found.update_s, evaluate=evaluate)
+
+
+def guessed_s(arithmetic: Arithmetic, run: RunLoad, device: Device) -> float:
+    """Seconds that the run takes about, before anything is measured."""
+    return arithmetic.flops(run.load) / run.processes / GUESS_FLOPS_PER_S[device]
+
+
+def together(step: StepTime, traced: Traced, recipe: Recipe, network: Sends) -> StepTime:
+    """The step that was timed in one process, as each of several takes it: they slow each other down, share
+    the update where each holds a part of the weights, and wait for messages."""
+    crowding = network.crowding
+    part = network.processes if recipe.parallel.engine in SHARDED else 1
+    crowded = replace(step.one, seconds=crowding * step.one.seconds)
+    held_out = step.evaluate and replace(step.evaluate, seconds=crowding * step.evaluate.seconds)
+    update_s = crowding * step.update_s / part
+    return replace(
+        step,
+        one=crowded,
+        evaluate=held_out,
+        update_s=update_s,
+        exchange=exchange_of(traced, recipe, network),
+    )
+
+
+def exchange_of(traced: Traced, recipe: Recipe, network: Sends) -> Exchange:
+    """What the processes of the recipe send each other in a step: the messages that the trace has heard."""
+    overlaps = recipe.hardware.device == "cuda"
+    during = traffic_of(traced, "forward", "backward")
+    once = traffic_of(traced, "update")
+    if recipe.parallel.engine == "ddp":  # gradients go after the last micro-batch, whatever their number
+        once = [*(replace(part, messages=_buckets(part)) for part in during), *once]
+        during = []
+    return Exchange(
+        pass_s=traffic_s(during, network) / traced.passes,
+        step_s=traffic_s(once, network),
+        pass_parts=sum(part.messages for part in during) / traced.passes,
+        step_parts=sum(part.messages for part in once),
+        overlaps=overlaps,
+    )
+
+
+def _buckets(part: Traffic) -> float:
+    return max(1.0, part.num_bytes / BUCKET_BYTES)
+
+
+def traffic_of(traced: Traced, *phases: str) -> list[Traffic]:
+    """The messages of these phases, by kind. A trace that is carried on to all layers has fewer messages, of
+    more bytes, than a real step where buckets are filled over several layers."""
+    found: dict[Collective, list[float]] = {}
+    for call, count in traced.counts(*phases).items():
+        operation = traced.calls.operations[call]
+        if operation.kind == "message" and operation.num_bytes:
+            sums = found.setdefault(collective_of(operation.name), [0.0, 0.0])
+            sums[0] += count
+            sums[1] += count * operation.num_bytes
+    return [
+        Traffic(collective=kind, messages=max(1.0, n), num_bytes=size) for kind, (n, size) in found.items()
+    ]
+
+
+def card_step(traced: Traced, card: Card, vocabulary: int) -> StepTime:
+    """The traced step on a card, from its data sheet and what training reaches of it. vocabulary: of the
+    model's head."""
+    rates, calls = card_rates(card), traced.calls
+
+    def seconds(*phases: str) -> float:
+        return rates.all_s((calls.operations[call], n) for call, n in calls.of(*phases).items())
+
+    held_out = traced.eval_load
     return StepTime(
-        arithmetic=arithmetic_of(first, vocabulary),
-        passes=passes,
-        update_s=seconds(first.counts("update")),
-        evaluate=evaluate,
+        arithmetic=arithmetic_of(traced, vocabulary),
+        one=Pass(load=traced.load, seconds=seconds("forward", "backward") / traced.passes),
+        update_s=seconds("update"),
+        evaluate=None if held_out is None else Pass(load=held_out, seconds=seconds("evaluate")),
     )
 
 
@@ -257,16 +298,17 @@ def real_steps(engine: Any, steps: Sequence[Sequence[Batch]], *, max_norm: float
     """Seconds of real optimizer steps on these micro-batches, the first one left out, which warms up.
 
     engine: around a model that is thrown away after: its weights change, at a learning rate of 0 by rounding
-    and decay alone. Raises whatever the steps raise.
+    and decay alone; of several processes each takes its part. Raises whatever the steps raise.
     """
     found = []
     for batches in (steps[0], *steps):
         began = time.perf_counter()
         units = max(1, sum(batch.num_supervised for batch in batches))
+        shares = engine.shares(batches)
         engine.begin(0.0, 0)
-        for number, batch in enumerate(batches, 1):
-            loss = engine.forward(batch)
-            engine.backward(loss / units, last=number == len(batches))
+        for number, share in enumerate(shares, 1):
+            loss = engine.forward(share.batch)
+            engine.backward(loss * (share.counts / units), last=number == len(shares))
             float(loss.detach())
         engine.update(divide_by=1.0, max_norm=max_norm)
         engine.drop_gradients()

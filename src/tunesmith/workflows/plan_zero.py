@@ -24,6 +24,7 @@ from tunesmith.train.deepspeed_engine import MOMENTS, DeepSpeedEngine
 # Modules of deepspeed that keep process groups and the like for the life of a process.
 KEPT = ("deepspeed.comm.comm", "deepspeed.utils.groups", "deepspeed.accelerator.real_accelerator")
 COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
+OPTIMIZERS = ("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2")
 
 
 @contextmanager
@@ -31,12 +32,12 @@ def imagined_deepspeed() -> Iterator[None]:
     """Within it deepspeed uses the process group that is there now and asks no other rank whether it agrees;
     afterwards it is as it was. Raises MissingExtra."""
     try:
-        kept = [load(name) for name in (*KEPT, COORDINATOR)]
+        kept = [load(name) for name in (*KEPT, COORDINATOR, *OPTIMIZERS)]
         cpu = load("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator()
     except ImportError:
         raise MissingExtra("deepspeed", "deepspeed") from None
     before = [dict(vars(module)) for module in kept]
-    comm, _, accelerator, coordinator = kept
+    comm, _, accelerator, coordinator, *_ = kept
     comm.cdb, accelerator.ds_accelerator = None, cpu
     coordinator.assert_ints_same_as_other_ranks = _agreed
     try:
@@ -58,12 +59,15 @@ class TracedZero(DeepSpeedEngine):
         # A fake tensor cannot be moved in place, and there is no other device to move it to.
         module.to = lambda *_: module
         zero = super()._initialize(module, recipe)
-        zero.optimizer.has_overflow = _no_overflow
+        zero.optimizer.has_overflow = self._is_dropped
+        for name in OPTIMIZERS:  # `imagined_deepspeed` puts back what was there
+            load(name).is_invalid_grad_norm = self._is_dropped
         return zero
 
-
-def _no_overflow(*_: Any, **__: Any) -> bool:
-    return False
+    def _is_dropped(self, *_: Any, **__: Any) -> bool:
+        """Gradients of fake tensors have no values, and a norm that is found invalid would end every update
+        before it begins. Only those of a pass without `begin` are to be dropped."""
+        return not self._begun
 
 
 def name_parts(engine: TracedZero, trace: Trace, offload: str) -> None:

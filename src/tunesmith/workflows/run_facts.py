@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.events import read_events
+from tunesmith.core.paths import cache_dir, sha256_json
 from tunesmith.core.run_folder import RunFolder, is_run
+from tunesmith.core.store import is_url, join
+from tunesmith.core.store_cache import local_path
 from tunesmith.export.card import CardFacts
 from tunesmith.export.check import Check
 from tunesmith.export.save import license_of
@@ -49,8 +52,16 @@ def public_recipe(run: RunFolder) -> str:
 
 
 def run_folder(recipe: Recipe, recipe_path: Path) -> RunFolder:
-    """Where the run of a recipe is, or will be."""
-    return RunFolder((Path(recipe.output_dir).expanduser() / (recipe.name or recipe_path.stem)).absolute())
+    """Where the run of a recipe is, or will be, on this machine: of one in an object store, in the cache."""
+    folder = Path(recipe.output_dir).expanduser()
+    if is_url(recipe.output_dir):
+        folder = cache_dir() / "runs" / sha256_json(recipe.output_dir.rstrip("/"))[:16]
+    return RunFolder((folder / (recipe.name or recipe_path.stem)).absolute())
+
+
+def run_url(recipe: Recipe, recipe_path: Path) -> str | None:
+    """The URL of a run in an object store; None where output_dir is a folder of this machine."""
+    return join(recipe.output_dir, recipe.name or recipe_path.stem) if is_url(recipe.output_dir) else None
 
 
 def run_recipe(run: RunFolder) -> Recipe:
@@ -60,7 +71,7 @@ def run_recipe(run: RunFolder) -> Recipe:
 
 def recipe_of(path: str) -> Recipe | None:
     """The recipe of the run at `path`; None where that is no run folder."""
-    folder = Path(path).expanduser()
+    folder = Path(local_path(path)).expanduser()
     return run_recipe(RunFolder(folder)) if is_run(folder) else None
 
 

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from tunesmith.core.errors import UserError
 from tunesmith.core.run_folder import RunFolder, is_run
+from tunesmith.core.store_cache import fetch, local_path
 from tunesmith.recipe.load import check_serve, load_recipe
 from tunesmith.recipe.serving import NO_KEYS_FILE, Serve
 from tunesmith.serve.bodies import Bounds
 from tunesmith.serve.keys import Key, default_keys_file, read_keys
 from tunesmith.workflows.engine_wants import EngineWants
 from tunesmith.workflows.http_server import is_loopback
-from tunesmith.workflows.run_facts import run_folder, run_recipe
+from tunesmith.workflows.run_facts import run_folder, run_recipe, run_url
 from tunesmith.workflows.served_models import run_of
 
 MIB = 1024**2
@@ -79,6 +80,7 @@ def deployment(path: str, options: ServeOptions) -> Deployment:
     """
     path, base = _recipe_of(path)
     adapter, named = split_adapters(options.adapters)
+    adapter, named = adapter and local_path(adapter), {name: local_path(at) for name, at in named.items()}
     given = dict(options.settings) | ({"adapters": named} if named else {})
     # Two words for one thing: what the caller says of one goes over what the recipe says of the other.
     if "weights" in given:
@@ -98,10 +100,12 @@ def deployment(path: str, options: ServeOptions) -> Deployment:
 
 def _recipe_of(path: str) -> tuple[str, Serve]:
     """What is served, and the section of its recipe; the defaults for a model that is no run."""
+    path = local_path(path)
     given = Path(path).expanduser()
     if given.suffix in RECIPE_ENDINGS and given.is_file():
         recipe = load_recipe(given)
-        run = run_folder(recipe, given)
+        url = run_url(recipe, given)
+        run = RunFolder(fetch(url)) if url else run_folder(recipe, given)
         if not is_run(run.path):
             raise UserError(f"{path}: its run {run.path} is not there", hint=f"tunesmith train {path}")
         return str(run.path), recipe.serve

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunesmith.cluster.inventory import read_cluster
+from tunesmith.core.checks import Check
 from tunesmith.core.errors import TunesmithError, UserError
 from tunesmith.core.progress import say
 from tunesmith.host.apply import Outcome, Session
 from tunesmith.host.checks import run_checks
-from tunesmith.host.checks_host import Check
 from tunesmith.host.distro import Distro, read_distro
 from tunesmith.host.facts import Answer, Facts, load_facts
 from tunesmith.host.inventory import LOCAL, Target, check_unique, parse_target, read_inventory
@@ -23,6 +24,7 @@ from tunesmith.host.script import script_of
 from tunesmith.host.steps import NEEDED_COMMANDS, NEEDED_FILES, plan_setup
 from tunesmith.host.steps_types import Plan
 from tunesmith.host.steps_types import SetupOptions as SetupOptions  # the command line builds it
+from tunesmith.workflows.cluster_targets import target_of
 
 # What setup does not change; their numbers move by themselves.
 UNTOUCHED = ("disk", "memory", "cpu")
@@ -30,7 +32,7 @@ UNTOUCHED = ("disk", "memory", "cpu")
 
 @dataclass(frozen=True)
 class Where:
-    """Which hosts: `targets` and those of an `inventory` file; this host when both are empty.
+    """Which hosts: `targets`, those of an `inventory` and of a `cluster` file; this host when none is given.
 
     `facts`: a recorded facts file in place of a host. `ssh_key`: private key for the targets.
     """
@@ -39,6 +41,7 @@ class Where:
     inventory: Path | None = None
     ssh_key: Path | None = None
     facts: Path | None = None
+    cluster: Path | None = None
 
 
 @dataclass
@@ -147,8 +150,10 @@ def targets_of(where: Where) -> list[Target]:
     targets = [parse_target(text, where.ssh_key) for text in where.targets]
     if where.inventory is not None:
         targets += read_inventory(where.inventory)
+    if where.cluster is not None:
+        targets += [target_of(host) for host in read_cluster(where.cluster).hosts]
     if where.facts is not None and targets:
-        raise UserError("--facts stands for one host: it cannot be used with --target or --inventory")
+        raise UserError("--facts stands for one host: leave --target, --inventory and --cluster out")
     check_unique(targets, "--target")
     return targets or [LOCAL]
 

@@ -6,12 +6,13 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 
+from tunesmith.cluster.launch import COMMAND
 from tunesmith.core.errors import PlanRefused, RunFailed, TunesmithError, UserError
 from tunesmith.core.paths import new_folder, write_json, write_text
 from tunesmith.core.progress import console, say
@@ -45,7 +46,15 @@ from tunesmith.workflows.resume import (
     idle_ranks,
     other_ranks,
 )
-from tunesmith.workflows.run_facts import run_folder
+from tunesmith.workflows.run_facts import run_folder, run_url
+from tunesmith.workflows.store import (
+    Carrier,
+    bring_checkpoint,
+    carrying,
+    move_aside,
+    move_aside_in_store,
+    take,
+)
 from tunesmith.workflows.token_facts import token_facts
 from tunesmith.workflows.train_job import (
     Inputs,
@@ -68,21 +77,30 @@ def train_recipe(recipe_path: Path, overrides: list[str], *, fresh: bool = False
     """
     ranks = ranks_from(os.environ)
     recipe = load_recipe(recipe_path, overrides)
-    run = run_folder(recipe, recipe_path)
+    run, url = run_folder(recipe, recipe_path), run_url(recipe, recipe_path)
     with ExitStack() as held:
         # Before the processes meet: those that a plan imagines take the place of a real group.
-        found = look_ahead(recipe, run, ranks, held, fresh=fresh) if ranks.first else None
+        found = look_ahead(recipe, run, ranks, held, fresh=fresh, url=url) if ranks.first else None
+        keep = recipe.train.keep_checkpoints
+        carrier = held.enter_context(carrying(run, url if ranks.first else None, keep=keep))
         held.enter_context(in_group(recipe, ranks))
-        start = agree(found, ranks)
+        start = brought(agree(found, ranks), run, ranks, url)
         if start.finished is not None:
-            say(f"{run.path}: this run is finished; --fresh trains it again")
+            say(f"{url or run.path}: this run is finished; --fresh trains it again")
+            _start(carrier)
             return TrainResult(run, **start.finished, already_finished=True)
         inputs = found.inputs if isinstance(found, Outlook) and found.inputs else open_inputs(start)
         plan = found.plan if isinstance(found, Outlook) else None
         job = open_job(start, run, resume_command(recipe_path, overrides), ranks, inputs, plan)
         if ranks.first:
-            write_inputs(job, recipe_path)
+            write_inputs(job, recipe_path, url)
+        _start(carrier)
         return train_job(job)
+
+
+def _start(carrier: Carrier | None) -> None:
+    if carrier is not None:
+        carrier.start()
 
 
 @dataclass(frozen=True)
@@ -95,17 +113,21 @@ class Outlook:
 
 
 def look_ahead(
-    recipe: Recipe, run: RunFolder, ranks: Ranks, held: ExitStack, *, fresh: bool
+    recipe: Recipe, run: RunFolder, ranks: Ranks, held: ExitStack, *, fresh: bool, url: str | None = None
 ) -> Outlook | TunesmithError:
     """Take the run's lock, find where it stands, and plan it. Returns an error where others wait for it."""
     try:
         held.enter_context(sole_trainer(run))
+        if url is not None:
+            take(run, url, fresh=fresh)
         start = begin(recipe, run, ranks, fresh=fresh)
         if start.finished is not None:
             return Outlook(start)
         inputs = open_inputs(start)
         if start.resumed:
             check_same_inputs(run, start.files, inputs.recipe)
+            if url is not None and ranks.size > ranks.local_size:
+                Carrier(run, url, keep=recipe.train.keep_checkpoints).carry()  # others bring it from there
         return Outlook(start, inputs, plan_job(start, inputs, run))
     except TunesmithError as error:
         if ranks.size == 1:
@@ -124,6 +146,13 @@ def agree(found: Outlook | TunesmithError | None, ranks: Ranks) -> Start:
         raise (PlanRefused if other[0] else UserError)(*other[1:])
     assert start is not None
     return start
+
+
+def brought(start: Start, run: RunFolder, ranks: Ranks, url: str | None) -> Start:
+    """The same, with its checkpoint on this machine."""
+    if url is None or start.checkpoint is None or ranks.first:
+        return start
+    return replace(start, checkpoint=bring_checkpoint(run, url, start.checkpoint.name))
 
 
 @contextmanager
@@ -189,22 +218,13 @@ def sole_trainer(run: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def move_aside(run: RunFolder) -> None:
-    """Rename an earlier run to NAME.1, or the first such name that is free."""
-    if not run.path.exists():
-        return
-    number = 1
-    while (target := run.path.with_name(f"{run.path.name}.{number}")).exists():
-        number += 1
-    run.path.rename(target)
-    say(f"moved the earlier run to {target}")
-
-
-def write_inputs(job: Job, recipe_path: Path) -> None:
+def write_inputs(job: Job, recipe_path: Path, url: str | None = None) -> None:
     """The files that describe the run. The lock is last: with it the run has begun."""
     run = job.run
     if job.start.fresh:
         move_aside(run)
+        if url is not None:
+            move_aside_in_store(url)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint.clear_leftovers(run)
     write_text(run.recipe, recipe_path.read_text(encoding="utf-8"))
@@ -268,6 +288,7 @@ def chosen(recipe: Recipe, files: ModelFiles, config: Any, ranks: Ranks) -> Reci
 
 
 def resume_command(recipe_path: Path, overrides: list[str]) -> str:
-    return shlex.join(
+    """What a person types to go on: on one of several hosts, where they began it."""
+    return os.environ.get(COMMAND) or shlex.join(
         ["tunesmith", "train", str(recipe_path), *(part for o in overrides for part in ("--set", o))]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def plan_job(start: Start, inputs: Inputs, run: RunFolder) -> RunPlan:
         )
     )
     if not plan.works and not run.lock.is_file():
-        write_json(run.plan, plan.as_dict())
+        with suppress(OSError):  # a disk too full for the plan must not hide why it is refused
+            write_json(run.plan, plan.as_dict())
     refuse(plan)
     return plan
 

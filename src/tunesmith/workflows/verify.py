@@ -20,9 +20,11 @@ from typing import Any
 
 from tunesmith.core.errors import RunFailed, TunesmithError, UserError
 from tunesmith.core.events import read_events
+from tunesmith.core.paths import cache_dir
 from tunesmith.core.proc import Process, start
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import STATE, RunFolder, read_manifest
+from tunesmith.core.store import is_url
 from tunesmith.recipe.load import load_recipe
 from tunesmith.train.metrics import final_events, loss_curve
 
@@ -101,7 +103,8 @@ def verify_resume(
     """
     save_every = max(1, steps // 4)
     recipe = load_recipe(recipe_path, overrides)
-    with _folder_in(Path(recipe.output_dir).expanduser().absolute()) as folder:
+    place = cache_dir() / "verify" if is_url(recipe.output_dir) else Path(recipe.output_dir)
+    with _folder_in(place.expanduser().absolute()) as folder:
         short = [f"output_dir={folder}", f"train.max_steps={steps}", "train.log_every=1"]
         short += [f"train.save_every={save_every}"]
         once, killed = RunFolder(folder / "once"), RunFolder(folder / "killed")

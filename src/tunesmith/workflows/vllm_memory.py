@@ -12,13 +12,12 @@ from typing import Any
 from tunesmith.core.errors import UserError
 from tunesmith.core.gpu import Gpu
 from tunesmith.model.weights import tensor_shapes, weight_files
+from tunesmith.plan.decoder import Shape, shape_of
 from tunesmith.plan.generation import (
     VLLM_VERSIONS,
     CardKind,
-    Shape,
     VllmRun,
     default_batch,
-    shape_of,
     vllm_activation,
     vllm_graphs,
     vllm_non_torch,

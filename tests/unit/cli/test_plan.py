@@ -13,8 +13,8 @@ from tunesmith.core.errors import UserError
     [
         ([], "a recipe is missing"),
         (["--table"], "a recipe is missing"),
-        (["--card-table", "--facts", "rows.jsonl"], "--card-table and --facts at a time"),
-        (["recipe.yaml", "--table", "--card-table"], "--table and --card-table at a time"),
+        (["--card-table", "--facts", "rows.jsonl"], "--card-table and --facts: one of them at a time"),
+        (["recipe.yaml", "--table", "--card-table"], "--table and --card-table: one of them at a time"),
         (["recipe.yaml", "--card-table"], "recipe.yaml with --card-table, which takes no recipe"),
         (["recipe.yaml", "--gpus", "0"], "--gpus"),
     ],

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tunesmith.core.checks import Check
 from tunesmith.host.checks import run_checks
-from tunesmith.host.checks_host import Check
 from tunesmith.host.facts import Answer, Facts, load_facts
 
 FACTS = ROOT / "tests" / "facts"

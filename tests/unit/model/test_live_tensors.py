@@ -63,3 +63,10 @@ def test_without_products_the_same_tensors_are_there() -> None:
         return live.peak_bytes
 
     assert peak(products=True) == peak(products=False)
+
+
+def test_a_product_into_given_memory_is_left_out_too() -> None:
+    into = torch.ones(3, 4)
+    with LiveTensors(products=False):
+        assert torch.mm(torch.ones(3, 2), torch.ones(2, 4), out=into) is into
+    assert not into.any()

@@ -1,6 +1,6 @@
 import pytest
 
-from tunesmith.plan.card_rates import BANDWIDTH_SHARE, KERNEL_S, PEAK_SHARE, card_rates
+from tunesmith.plan.card_rates import BANDWIDTH_SHARE, KERNEL_S, PEAK_SHARE, START_S, card_rates
 from tunesmith.plan.cards import card_named
 from tunesmith.plan.duration import Operation
 
@@ -33,3 +33,12 @@ def test_a_format_that_a_card_does_not_multiply_is_its_slowest() -> None:
     slow = Operation("mm", "matmul", "bf16", flops=10**12, num_bytes=1)
     assert t4.seconds(slow) == t4.seconds(slow._replace(dtype="fp32"))
     assert t4.seconds(slow._replace(dtype="fp16")) < t4.seconds(slow)
+
+
+def test_a_step_of_small_operations_takes_as_long_as_starting_them() -> None:
+    small, view = Operation("add", "memory", "bf16", 0, 16), Operation("view", "none", "bf16", 0, 0)
+    assert A100.all_s([(small, 10), (view, 1000)]) == pytest.approx(10 * START_S)
+    large = Operation("add", "memory", "bf16", 0, 10**10)
+    both = A100.seconds(large) + 10 * KERNEL_S
+    assert A100.all_s([(large, 1), (small, 10)]) == pytest.approx(both)
+    assert A100.all_s([(small, 10)], more_s=1.0) == pytest.approx(1.0 + 10 * KERNEL_S)

@@ -11,6 +11,7 @@ from tunesmith.plan.disk import (
     plan_disk,
     state_bytes,
     stored_rows,
+    write_rate,
 )
 
 
@@ -58,3 +59,8 @@ def test_every_file_system_is_held_against_its_own_room(tmp_path: Path) -> None:
 
 def test_tokenised_rows() -> None:
     assert stored_rows(1000, 10) == 1000 * 5 + 10 * 72
+
+
+def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    assert write_rate(tmp_path / "run", num_bytes=1 << 20) > 0
+    assert list((tmp_path / "run").iterdir()) == []

@@ -22,8 +22,8 @@ def one(tokens: float, seconds: float) -> Pass:
     return Pass(load=load(tokens), seconds=seconds)
 
 
-def step(*passes: Pass, update_s: float = 0.0, evaluate: Pass | None = None) -> StepTime:
-    return StepTime(arithmetic=ARITHMETIC, passes=passes, update_s=update_s, evaluate=evaluate)
+def step(timed: Pass, *, update_s: float = 0.0, evaluate: Pass | None = None) -> StepTime:
+    return StepTime(arithmetic=ARITHMETIC, one=timed, update_s=update_s, evaluate=evaluate)
 
 
 def test_arithmetic_is_counted_by_tokens_pairs_and_labels() -> None:
@@ -36,20 +36,8 @@ def test_loads_add_up_and_are_shared_out() -> None:
     assert total.times(0.5) == load(4, 17, 1.5)
 
 
-def test_a_pass_takes_time_in_proportion_to_its_arithmetic_where_one_was_traced() -> None:
+def test_a_pass_takes_time_in_proportion_to_its_arithmetic() -> None:
     assert step(one(100, 2.0)).pass_s(load(150)) == pytest.approx(3.0)
-
-
-def test_a_pass_lies_on_the_line_through_two_that_were_traced() -> None:
-    # 1 s whatever the size, and 0.01 s a token.
-    both = step(one(100, 2.0), one(300, 4.0))
-    assert both.pass_s(load(200)) == pytest.approx(3.0)
-    assert both.pass_s(load(400)) == pytest.approx(5.0)
-
-
-def test_a_pass_smaller_than_all_traced_ones_is_never_longer_than_they_are() -> None:
-    both = step(one(100, 2.0), one(300, 4.0))
-    assert both.pass_s(load(50)) == pytest.approx(1.0)
 
 
 def test_a_run_is_its_steps_evaluations_saves_and_start() -> None:
@@ -65,6 +53,7 @@ def test_a_run_is_its_steps_evaluations_saves_and_start() -> None:
             saves=2,
             save_bytes=500,
             start_bytes=300,
+            largest=load(100),
         ),
         source="probe",
         device="cpu",

@@ -1,4 +1,4 @@
-"""Published rows: reading, scoring, and what is said of what cannot be used."""
+"""Published rows: scoring, and what is said of what cannot be used."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.core.errors import UserError
-from tunesmith.plan.facts import Scored, measured, percentile, predict, read_rows, score, summary
+from tunesmith.plan.facts import Scored, percentile, predict, score, summary
+from tunesmith.plan.facts_rows import read_rows
 from tunesmith.plan.facts_types import Prediction, Skipped
 
 PUBLISHED = os.environ.get("TUNESMITH_TEST_FACTS", "")
@@ -32,53 +32,6 @@ def _kernel_row(**changed: Any) -> dict[str, Any]:
     return row | changed
 
 
-def _file(folder: Path, *lines: str) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(lines))
-    return path
-
-
-def test_rows_are_read_and_empty_lines_left_out(tmp_path: Path) -> None:
-    path = _file(tmp_path, '{"id": "a", "kind": "train"}', "", '{"id": "b", "kind": "kernel"}')
-    assert [row["id"] for row in read_rows(path)] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("line", "fault"),
-    [
-        ("{", "not JSON"),
-        ("[1, 2]", "not a JSON object"),
-        ('{"kind": "train"}', "'id' is None"),
-        ('{"id": "a", "kind": 3}', "'kind' is 3"),
-    ],
-)
-def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, fault: str) -> None:
-    path = _file(tmp_path, '{"id": "a", "kind": "train"}', line)
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: .*" + fault):
-        read_rows(path)
-
-
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not readable"):
-        read_rows(tmp_path / "none.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"outcome": "oom", "peak_gib": None}, "the outcome is oom"),
-        ({"outcome": "failed_presumed_oom", "peak_gib": 3.0}, "failed_presumed_oom"),
-        ({"outcome": "ok", "peak_gib": None}, "no measured peak"),
-        ({"outcome": "ok", "peak_gib": "12"}, "'12', not a number"),
-        ({"outcome": "ok", "peak_gib": True}, "not a number"),
-        ({"outcome": "ok", "peak_gib": -1}, "not a number of GiB above 0"),
-    ],
-)
-def test_rows_without_a_measured_peak(row: dict[str, Any], reason: str) -> None:
-    found = measured(row)
-    assert isinstance(found, Skipped) and reason in found.reason
-
-
 def test_a_row_is_set_beside_its_measurement() -> None:
     # 2048 x 1024 fp32 logits are 8 MiB; five of them: logits, their gradient, softmax and two gradients on the
     # way. Beside them a few numbers and the labels.
@@ -97,11 +50,29 @@ def test_a_row_is_set_beside_its_measurement() -> None:
         {"id": "d", "kind": "kernel"},
         {"id": "e", "kind": "serve_hf"},
         {"id": "f", "kind": "train", "num_gpus": "many", "config": []},
+        {"id": "g", "kind": None},
+        {"id": "h", "kind": 3},
+        {"id": "i", "kind": "serve_vllm", "peak_metric": "weights", "peak_extra": "0.9"},
     ],
 )
 def test_what_is_not_understood_is_skipped_with_a_reason(row: dict[str, Any]) -> None:
     answer = predict(row)
     assert isinstance(answer, Skipped) and answer.reason
+
+
+def test_rows_of_one_id_are_each_predicted_and_named() -> None:
+    told = summary([score(_kernel_row()), score(_kernel_row(peak_gib=0.05)), score(_kernel_row(id="other"))])
+    assert told["n"] == 3 and told["repeated_ids"] == ["logits"]
+
+
+def test_what_was_assumed_is_said_beside_the_prediction() -> None:
+    assert Scored("a", 1.0, 1.0, assumed=("why",)).as_dict()["assumed"] == ["why"]
+    assert "assumed" not in Scored("a", 1.0, 1.0).as_dict()
+
+
+def test_numbers_written_as_texts_are_numbers() -> None:
+    row = _kernel_row(seq_len="2,048", micro_batch=1.0, peak_gib="0.04", config={"vocab": "1024"})
+    assert score(row).as_dict() == score(_kernel_row()).as_dict()
 
 
 def test_the_summary_counts_and_takes_percentiles() -> None:

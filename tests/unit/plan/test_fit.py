@@ -13,7 +13,7 @@ from tests.unit.plan.fit_case import Thumb, facts, recipe, target
 from tunesmith.core.errors import UserError
 from tunesmith.core.units import GIB
 from tunesmith.plan.changes import applied, axes, methods
-from tunesmith.plan.fit import Fix, Target, cheapest_fix, largest, most_saving
+from tunesmith.plan.fit import Fix, Need, Target, cheapest_fix, largest, most_saving
 from tunesmith.recipe.load import check, parse_yaml
 from tunesmith.recipe.schema import Recipe
 
@@ -192,15 +192,21 @@ def test_the_recipe_with_settings_keeps_what_was_not_given() -> None:
     assert check(changed.model_dump(exclude_unset=True), "r") == changed and given.train.memory == "normal"
 
 
-def test_the_largest_number_under_rising_lines_is_found_by_few_questions() -> None:
+@pytest.mark.parametrize("bend", [0, 3, 40])
+def test_the_largest_number_is_found_by_few_questions_and_proved(bend: int) -> None:
     for room in range(0, 700, 7):
         asked: list[int] = []
-        expected = max((number for number in range(1, 65) if lines(number) <= room), default=0)
-        assert largest(partial(lines, asked=asked), room) == expected and len(asked) <= 7
+        expected = max((n for n in range(1, 65) if lines(n, bend).num_bytes <= room), default=0)
+        assert largest(partial(lines, bend=bend, asked=asked), room) == expected
+        # 1, the guess and its neighbour; where the lines mislead, another guess or two
+        assert len(asked) == len(set(asked)) <= (4 if bend == 0 else 6)
+        if 0 < expected < 64:
+            assert {expected, expected + 1} <= set(asked)
 
 
-def lines(number: int, asked: list[int] | None = None) -> int:
-    """What needs rise by: the higher of two straight lines."""
+def lines(number: int, bend: int, asked: list[int] | None = None) -> Need:
+    """A need of two parts, one of which rises faster and from `bend` on faster still, which no line tells."""
     if asked is not None:
         asked.append(number)
-    return max(20 + 3 * number, 10 * number - 30)
+    parts = {"forward": 20 + 3 * number, "backward": 10 * number - 30 + max(0, number - bend) * bool(bend)}
+    return Need(max(parts.values()) + 5, parts, {"forward": 20, "backward": 0})

@@ -12,6 +12,7 @@ from transformers import Gemma2Config, MixtralConfig, PhiConfig, Qwen3MoeConfig,
 from tests.tiny_models import FAMILIES, make
 from tunesmith.core.units import GIB
 from tunesmith.plan.cards import card_named
+from tunesmith.plan.decoder import Shape, shape_of
 from tunesmith.plan.generation import (
     CUBLAS_BYTES_HOPPER,
     V0,
@@ -20,13 +21,11 @@ from tunesmith.plan.generation import (
     V1_SORTING,
     CardKind,
     Generation,
-    Shape,
     VllmRun,
     card_kind,
     default_batch,
     generation_peak,
     layer_bytes,
-    shape_of,
     vllm_activation,
     vllm_graphs,
     vllm_non_torch,
@@ -74,7 +73,7 @@ def test_what_a_token_goes_through_in_an_mlp(config: Any, inner: int, gated: boo
 
 
 def test_layer_norms_have_biases() -> None:
-    weights = weights_of_shape(replace(SMALL, norm_bias=True, norms_per_layer=1, gated=False))
+    weights = weights_of_shape(replace(SMALL, norm="layer", norms_per_layer=1, gated=False))
     norms = [w for w in weights if w.kind == "other"]
     assert len(norms) == 2 * (3 + 1)
     assert not any("gate" in w.name for w in weights)

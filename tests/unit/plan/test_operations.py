@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.unit.plan.hearing import Hearing
 from tunesmith.plan.duration import Operation
-from tunesmith.plan.operations import FAR, NEAR_BYTES, Call, Calls
+from tunesmith.plan.operations import Call, Calls
 
 
 def heard(work: Callable[[], Any]) -> Calls:
@@ -74,37 +74,6 @@ def test_views_and_empty_tensors_cost_nothing() -> None:
     calls = heard(lambda: (x.t(), x[3:], x.view(32, 64), torch.empty_like(x)))
     assert {operation.kind for operation in calls.operations.values()} == {"none"}
     assert not any(operation.num_bytes for operation in calls.operations.values())
-
-
-def test_how_far_away_an_operand_is_tells_what_was_touched_since() -> None:
-    x, other = torch.ones(1024), torch.ones(NEAR_BYTES)  # the other one: 4 x NEAR_BYTES
-
-    def work() -> None:
-        x.abs()
-        x.abs()
-        other.neg()  # reads and writes 8 x NEAR_BYTES
-        x.abs()
-
-    calls = heard(work)
-    far = {
-        call.operands[0].far: count for call, count in calls.of("forward").items() if "abs" in str(call.func)
-    }
-    assert far == {0: 2, 2: 1}  # between four and sixteen times NEAR_BYTES, the second power of four
-
-
-def test_beyond_all_caches_every_distance_is_the_same() -> None:
-    x, other = torch.ones(8), torch.ones(NEAR_BYTES * 256)
-
-    def work() -> None:
-        x.abs()
-        other.sum()
-        x.abs()
-        other.sum()
-        other.sum()
-        x.abs()
-
-    distances = {call.operands[0].far for call in heard(work).of("forward") if "abs" in str(call.func)}
-    assert distances == {0, FAR}
 
 
 def test_calls_are_counted_by_phase() -> None:

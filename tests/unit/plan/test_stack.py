@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from tunesmith.plan.stack import Unknown, parse_shape, parse_stack, version, workspace_bytes
+from tunesmith.plan.facts_shape import parse_shape
+from tunesmith.plan.facts_types import Unknown
+from tunesmith.plan.stack import parse_stack, version, workspace_bytes
+from tunesmith.plan.stock_words import linear_names, optimizer_kind
 
 SHAPE = {
     "hf_id": "meta-llama/Some-Llama",
@@ -153,11 +156,23 @@ def test_attention_of_a_card_before_ampere_is_no_flash() -> None:
         ({"peak_metric": "not stated"}, "measured"),
         ({"peak_metric": "max_memory_reserved", "packing": False}, "reserved"),
         ({"method": "qlora", "notes": "", "precision": "bf16, nf4"}, "prepared"),
-        ({"config": SHAPE | {"mlp": None}}, "gated"),
+        ({"config": SHAPE | {"mlp": None, "hf_id": "somebody/model"}}, "gated"),
         ({"config": SHAPE | {"layers": None}}, "layers"),
         ({"config": SHAPE | {"num_experts": 8}}, "experts"),
         ({"precision": "bf16 weights", "notes": "rank-32 DoRA"}, "DoRA"),
         ({"precision": "int3"}, "format of the weights"),
+        ({"method": "dora"}, "DoRA"),
+        ({"method": "qlora", "precision": "fp16, int8 base"}, "int8"),
+        ({"method": "full", "precision": "bf16"}, "format or that of the products"),
+        ({"source": "Lightning-AI/lit-llama"}, "lit-llama"),
+        ({"peak_metric": "psutil RSS"}, "host memory"),
+        ({"peak_metric": "nvidia-smi", "packing": None}, "changing lengths"),
+        ({"loss_impl": None, "notes": "nothing"}, "loss is not told"),
+        ({"attention": None, "notes": "nothing"}, "attention is not told"),
+        ({"optimizer": None}, "optimizer is not told"),
+        ({"activation_checkpointing": None}, "checkpointed"),
+        ({"seq_len": 10**13}, "no GPU holds"),
+        ({"config": SHAPE | {"kv_heads": 3}}, "share 3 key heads"),
     ],
 )
 def test_what_is_not_told_is_named(changed: dict[str, Any], missing: str) -> None:
@@ -171,6 +186,78 @@ def test_names_of_other_implementations() -> None:
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
     assert "k_proj" in parse_stack(make_row(lora_targets="all-linear")).targets
+
+
+def test_ids_decide_nothing() -> None:
+    assert parse_stack(make_row(id="llama-rank32-dora-8bit-unsloth")) == parse_stack(make_row())
+
+
+def test_a_base_of_four_bits_makes_it_qlora() -> None:
+    row = make_row(precision="bf16 autocast, nf4 base", notes="prepare_model_for_kbit_training")
+    assert parse_stack(row).base == "nf4"
+
+
+@pytest.mark.parametrize("source", ["hiyouga/LLaMA-Factory wiki", "axolotl-ai-cloud/axolotl README"])
+def test_programs_that_leave_norms_as_they_are(source: str) -> None:
+    stack = parse_stack(make_row(source=source, method="qlora", precision="bf16 AMP, 4-bit base"))
+    assert (stack.upcast, stack.weights, stack.autocast) == ("none", "bf16", "bf16")
+
+
+def test_the_script_of_qwens_first_generation() -> None:
+    told = {"precision": "bf16 AMP", "peak_metric": "not stated", "packing": False, "notes": "torch 2.0"}
+    stack = parse_stack(make_row(source='QwenLM/Qwen README.md "Profiling"', **told))
+    assert (stack.weights, stack.adapters, stack.dropout, stack.metric) == ("bf16", "bf16", 0.05, "process")
+    assert stack.held_logits and stack.shifted and not stack.upcast_logits
+    with pytest.raises(Unknown, match="loaded weights"):
+        parse_stack(make_row(source="QwenLM/Qwen2.5 docs", **told))
+
+
+def test_what_the_framework_fixes_is_taken_from_it() -> None:
+    row = make_row(attention=None, loss_impl=None, gpu="Tesla T4")
+    assert (parse_stack(row).attention, parse_stack(row).loss) == ("efficient", "stock")
+    assert parse_stack(make_row(attention=None, notes="transformers 4.30")).attention == "eager"
+    told = [parse_stack(make_row(attention="sdpa", notes=f"transformers {v}")) for v in ("4.53", "4.54")]
+    assert [stack.repeats_keys for stack in told] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        ("q_proj, v_proj (all layers)", ("q_proj", "v_proj")),
+        ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        (["model.layers.0.mlp.up_proj"], ("up_proj",)),
+        ("all linear layers incl. lm_head", (*linear_names("all", gated=True), "lm_head")),
+    ],
+)
+def test_layers_with_adapters(told: Any, names: tuple[str, ...]) -> None:
+    assert linear_names(told, gated=True) == names
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [
+        ("adamw (lr=2e-5, weight_decay 0.01, betas 0.9, 0.95)", "adamw"),
+        ("galore_adamw", None),
+        ("muon + adamw", None),
+        ("adamw 4-bit (torchao)", None),
+    ],
+)
+def test_other_optimizers_are_not_adamw(told: str, kind: str | None) -> None:
+    assert optimizer_kind(told) == kind
+
+
+@pytest.mark.parametrize(
+    ("told", "metric"),
+    [
+        ("torch max_memory_allocated (rank 0)", "allocated"),
+        ("torch active_bytes peak", "allocated"),
+        ("torch.cuda.max_memory_reserved", "reserved"),
+        ("nvidia-smi", "process"),
+        ("wandb GPU memory allocated", "process"),
+    ],
+)
+def test_metrics(told: str, metric: str) -> None:
+    assert parse_stack(make_row(peak_metric=told)).metric == metric
 
 
 def test_versions_are_of_the_named_package_alone() -> None:
@@ -189,3 +276,18 @@ def test_a_shape_fills_in_what_follows_from_the_rest() -> None:
     told = {key: value for key, value in SHAPE.items() if key not in ("kv_heads", "head_dim")}
     shape = parse_shape({"config": told})
     assert (shape.kv_heads, shape.head_dim, shape.gated, shape.norm) == (8, 32, True, "rms")
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "normed"),
+    [
+        ("Qwen/Qwen2.5-1.5B", True, False),
+        ("Qwen/Qwen1.5-0.5B", True, False),
+        ("Qwen/Qwen3-8B", False, True),
+        ("mistralai/Mistral-7B-v0.1", False, False),
+    ],
+)
+def test_a_family_fills_in_what_is_left_out(name: str, bias: bool, normed: bool) -> None:
+    told = {key: value for key, value in SHAPE.items() if key not in ("mlp", "norm")}
+    shape = parse_shape({"config": told | {"hf_id": name}})
+    assert (shape.gated, shape.norm, shape.qkv_bias, shape.qk_norm) == (True, "rms", bias, normed)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.plan.test_stack import SHAPE, make_row
-from tunesmith.plan.facts import read_rows
+from tunesmith.plan.facts_rows import read_rows
 from tunesmith.plan.facts_types import Prediction, Skipped
 from tunesmith.plan.memory import Peaks, trace_step
 from tunesmith.plan.stack import Stack, parse_stack

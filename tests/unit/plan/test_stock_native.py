@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tunesmith.plan.facts_types import Prediction, Skipped
-from tunesmith.plan.stack import Unknown
+from tunesmith.plan.facts_types import Prediction, Skipped, Unknown
 from tunesmith.plan.stock_native import native_framework, native_peaks, parse_native, predict_native
 from tunesmith.plan.stock_native_model import Decoder, Nf4Linear
 from tunesmith.plan.stock_native_step import NativeStack, NativeStep
@@ -166,7 +165,12 @@ def test_a_launcher_of_2025_compiles_the_loss_and_lets_segments_grow() -> None:
         ({"activation_checkpointing": None}, "checkpointing"),
         ({"optimizer": None}, "optimizer"),
         ({"loss_impl": None}, "loss"),
-        ({"method": "dora"}, "dora"),
+        ({"method": "dora"}, "DoRA"),
+        ({"optimizer": "galore_adamw"}, "galore"),
+        ({"optimizer": None}, "optimizer is not told"),
+        ({"precision": "fp32"}, "fp32"),
+        ({"precision": "bf16-mixed"}, "mixed"),
+        ({"peak_metric": "psutil RSS"}, "RSS"),
         ({"method": "lora", "lora_rank": 8}, "adapters"),
         ({"offload": "weights to CPU"}, "offload"),
         ({"peak_metric": "nvidia-smi"}, "nvidia-smi"),

@@ -86,7 +86,7 @@ def test_earlier_micro_batches_leave_whole_gradients() -> None:
     [
         ({"parallelism": "ZeRO-3"}, "ZeRO-3"),
         ({"parallelism": "FSDP2 4, TP 2"}, "TP 2"),
-        ({"parallelism": None}, "None"),
+        ({"parallelism": None}, "is not told"),
         ({"parallelism": "FSDP1 SHARD_GRAD_OP"}, "GRAD_OP"),
         ({"offload": "optimizer to CPU"}, "offload"),
         ({"peak_metric": "sum of nvidia-smi over all GPUs"}, "metric"),

@@ -114,3 +114,13 @@ def test_host_memory_has_its_place() -> None:
     assert trace.timeline.peaks(place="host")["load", ""].parts == {"optimizer state": 400}
     assert trace.timeline.peaks(place="pinned")["load", ""].num_bytes == kept.nbytes == 200
     assert trace.timeline.peaks() == {}
+
+
+def test_only_work_is_heard() -> None:
+    """A fake tensor is asked for its device again and again, a real one never."""
+    heard: list[str] = []
+    with FakeTensorMode(allow_non_fake_inputs=True), Trace() as trace:
+        trace.listeners.append(lambda func, *_: heard.append(func.name()))
+        x = torch.ones(8, 8, requires_grad=True)
+        (x @ x).sum().backward()
+    assert "aten::mm" in heard and not [name for name in heard if name.startswith("prim::")]

@@ -117,8 +117,10 @@ def test_flops_count_the_matrices_that_a_token_meets(tmp_path: Path) -> None:
 
 
 def test_peaks_of_gpus() -> None:
-    assert peak_flops("NVIDIA GeForce RTX 3090") == 71e12
-    assert peak_flops("NVIDIA T4") is None and peak_flops(None) is None
+    assert peak_flops("NVIDIA GeForce RTX 3090") == pytest.approx(71.2e12)
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == pytest.approx(312e12)
+    assert peak_flops("Tesla T4") is None, "it has no bf16 products"
+    assert peak_flops("Some GPU") is None and peak_flops(None) is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from tunesmith.core.events import EventLog
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.recipe.schema import Recipe
 from tunesmith.workflows.resume import check_same_recipe, finished_result, flat
-from tunesmith.workflows.train import move_aside, resume_command
+from tunesmith.workflows.store import move_aside
+from tunesmith.workflows.train import resume_command
 
 BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"sources": [{"path": "a.jsonl"}]}}
 

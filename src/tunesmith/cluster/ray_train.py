@@ -1,0 +1,217 @@
+"""Ray Train: a function in several workers of a Ray cluster, placed, started again and resized by Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from signal import SIGINT
+from typing import Any
+
+from tunesmith.core.errors import Interrupted, MissingExtra, RunFailed, UserError
+
+RETRIES = 3
+# Both are read by Ray while it is imported.
+SETTINGS = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+ADDRESS = re.compile(r"auto|(ray://)?[^\s/:]+:\d+")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """At least `least` and at most `most` workers, each with a CPU and, if `gpu`, a GPU."""
+
+    least: int
+    most: int
+    gpu: bool = False
+
+    @property
+    def text(self) -> str:
+        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        return f"{count} worker{'s' * (self.most > 1)} with a {'GPU' if self.gpu else 'CPU'} each"
+
+
+def workers_of(text: str) -> tuple[int, int]:
+    """(least, most) of "4" or "2:8". Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
+    least = int(found[1]) if found else 0
+    most = int(found[2] or found[1]) if found else 0
+    if not 1 <= least <= most:
+        raise UserError(
+            f"--workers: '{text}' is not a number of workers", hint="4, or 2:8 for at least 2 and at most 8"
+        )
+    return least, most
+
+
+def is_ray(address: str) -> bool:
+    """Whether `--cluster` names a Ray cluster and not a file."""
+    return ADDRESS.fullmatch(address) is not None
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What a Ray cluster has now: living nodes, CPUs and GPUs."""
+
+    count: int
+    cpus: int
+    gpus: int
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Nodes]:
+    """As a driver of the Ray cluster at `auto` (RAY_ADDRESS, or the one on this machine), HOST:PORT or
+    ray://HOST:PORT; what its workers print goes to stderr. All that the driver began ends with it.
+
+    Raises MissingExtra without Ray, UserError when there is no cluster or one of another version.
+    """
+    ray = load_ray()
+    # Ray prints what workers wrote to their stdout on ours, which belongs to --json.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            ray.init(address, log_to_driver=True, logging_level="WARNING")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.shutdown()
+            raise UserError(
+                f"cannot reach a Ray cluster at '{address}': {str(error).strip().splitlines()[0]}",
+                hint="'ray status' on one of its machines tells whether it runs; from outside it is "
+                "ray://HEAD:10001; Python and Ray must have the same versions here and there",
+            ) from error
+        try:
+            alive, has = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
+            yield Nodes(len(alive), int(has.get("CPU", 0)), int(has.get("GPU", 0)))
+        finally:
+            ray.shutdown()
+
+
+def load_ray() -> Any:
+    """The package ray. Raises MissingExtra."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtra("ray", "cluster") from error
+    return ray
+
+
+class Ledger:
+    """An actor that outlives the workers: what their first attempt found, and why no other can succeed."""
+
+    def __init__(self) -> None:
+        self._first: list[Any] = []
+        self._fault: dict[str, Any] | None = None
+
+    def first(self, found: Any) -> Any:
+        """The value of the first call."""
+        self._first = self._first or [found]
+        return self._first[0]
+
+    def give_up(self, fault: dict[str, Any]) -> None:
+        self._fault = self._fault or fault
+
+    def fault(self) -> dict[str, Any] | None:
+        return self._fault
+
+
+def ask(ledger: Any, question: str, *values: Any) -> Any:
+    """In a worker: what a method of the run's Ledger returns."""
+    return load_ray().get(getattr(ledger, question).remote(*values))
+
+
+def train_together(
+    part: Callable[[dict[str, Any]], dict[str, Any]],
+    sent: dict[str, Any],
+    workers: Workers,
+    *,
+    name: str,
+    retries: int = RETRIES,
+) -> dict[str, Any]:
+    """What `part(sent)` returns in the worker of rank 0; to be called inside `connected`.
+
+    Every worker has RANK and the like in its environment, a gloo group that has met, and the run's Ledger as
+    sent["ledger"]. When a worker dies or raises, Ray ends the others and starts all again, `retries` times.
+    Raises RunFailed after that, Interrupted by Ctrl-C.
+    """
+    ray = load_ray()
+    ledger = ray.remote(num_cpus=0)(Ledger).remote()
+    # Ray's own notes of this run. Checkpoints are ours: none is reported to Ray.
+    notes = tempfile.mkdtemp(prefix="tunesmith-ray-")
+    try:
+        trainer = _trainer(part, sent | {"ledger": ledger}, workers, notes, name, retries)
+        value: dict[str, Any] = _in_thread(trainer.fit).return_value
+        return value
+    except ray.train.TrainingFailedError as error:
+        raise RunFailed(
+            f"{name}: {_why(error)}", hint="the same command goes on from the last checkpoint"
+        ) from error
+    except KeyboardInterrupt:
+        raise Interrupted(
+            SIGINT, "stopped; Ray ends the workers", hint="the same command goes on from the last checkpoint"
+        ) from None
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _trainer(
+    part: Callable[..., Any], sent: dict[str, Any], workers: Workers, notes: str, name: str, retries: int
+) -> Any:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    train: Any = ray.train  # annotated as its first version, which has other arguments
+    count = workers.most if workers.least == workers.most else (workers.least, workers.most)
+    return TorchTrainer(
+        part,
+        train_loop_config=sent,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=count,
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if workers.gpu else {}),
+            placement_strategy="PACK" if workers.gpu else "SPREAD",
+        ),
+        run_config=train.RunConfig(
+            name=name,
+            storage_path=notes,
+            failure_config=train.FailureConfig(max_failures=retries, controller_failure_limit=retries),
+        ),
+    )
+
+
+def _in_thread(call: Callable[[], Any]) -> Any:
+    """What `call` returns. In the main thread Ray would take Ctrl-C for itself, and end with code 0."""
+    box: list[Any] = []
+
+    def run() -> None:
+        try:
+            box.append((call(), None))
+        except BaseException as error:
+            box.append((None, error))
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    value, error = box[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _why(error: BaseException) -> str:
+    """Each rank's own reason in a line; the first of them has no other's death as its cause."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    lines = [f"rank {rank}: {_last_words(failure)}" for rank, failure in sorted(failures.items())]
+    lines.sort(key=lambda line: "connection to another process was lost" in line)
+    return "\n".join(lines) or _last_words(error)
+
+
+def _last_words(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

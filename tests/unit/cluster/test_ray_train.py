@@ -1,0 +1,49 @@
+"""What is asked of Ray before a cluster is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tunesmith.cluster.ray_train import Ledger, Workers, is_ray, workers_of
+from tunesmith.core.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1", (1, 1)), ("4", (4, 4)), ("2:8", (2, 8)), (" 3:3 ", (3, 3))]
+)
+def test_workers(text: str, expected: tuple[int, int]) -> None:
+    assert workers_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "", "two", "-1", "8:2", "0:4", "2:", "1:2:3", "1.5"])
+def test_what_is_no_number_of_workers(text: str) -> None:
+    with pytest.raises(UserError, match="is not a number of workers") as caught:
+        workers_of(text)
+    assert "2:8" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://head:10001", "10.0.0.5:6379"])
+def test_an_address_of_ray(address: str) -> None:
+    assert is_ray(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["cluster.yaml", "./auto", "ray", "ray://head", "http://head:8265", "a/b:1"]
+)
+def test_what_is_no_address_of_ray(address: str) -> None:
+    assert not is_ray(address)
+
+
+def test_the_ledger_keeps_what_came_first() -> None:
+    ledger = Ledger()
+    assert ledger.fault() is None
+    assert ledger.first(None) is None
+    assert ledger.first("later") is None
+    ledger.give_up({"what": "the cause"})
+    ledger.give_up({"what": "its effect on others"})
+    assert ledger.fault() == {"what": "the cause"}
+
+
+def test_workers_in_words() -> None:
+    assert Workers(1, 1).text == "1 worker with a CPU each"
+    assert Workers(2, 8, gpu=True).text == "2 to 8 workers with a GPU each"
