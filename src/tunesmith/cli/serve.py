@@ -37,8 +37,11 @@ tunesmith serve smollm2-135m-instruct --port 8001
 tunesmith serve runs/orders --adapter letters=runs/letters --adapter mails=runs/mails
 
 tunesmith serve runs/orders --host 0.0.0.0 --keys-file keys.json --max-length 2048
+
+tunesmith serve runs/orders --cluster auto --replicas 2 --max-replicas 8
 """
 MODEL, ENGINE, ACCESS, LIMITS = "The model", "The engine", "Who may ask", "Limits and logs"
+CLUSTER = "Several machines"
 SETTINGS = Settings(
     Serve,
     panels={
@@ -65,7 +68,8 @@ SETTINGS = Settings(
 @app.command(epilog=EXAMPLES)
 @SETTINGS.options
 def serve(
-    model: str = typer.Argument(
+    model: str | None = typer.Argument(
+        None,
         metavar="MODEL|RUN|RECIPE",
         help="A run folder, the recipe of a run, or whatever model.path of a recipe takes.",
     ),
@@ -90,6 +94,22 @@ def serve(
         rich_help_panel=ACCESS,
         help="Allow an address that other machines reach without an API key.",
     ),
+    cluster: str | None = typer.Option(
+        None,
+        metavar="RAY",
+        rich_help_panel=CLUSTER,
+        help="Serve on a Ray cluster, and return: auto, HOST:PORT or ray://HOST:10001. --replicas are then "
+        "spread over its machines; asked again, they are replaced one after the other.",
+    ),
+    max_replicas: int | None = typer.Option(
+        None,
+        min=1,
+        rich_help_panel=CLUSTER,
+        help="With --cluster: as many replicas as this while requests pile up.",
+    ),
+    stop: bool = typer.Option(
+        False, "--stop", rich_help_panel=CLUSTER, help="With --cluster: end the replicas."
+    ),
     systemd_unit: bool = typer.Option(
         False, "--systemd-unit", help="Print a systemd unit that serves with these options, and end."
     ),
@@ -103,6 +123,13 @@ def serve(
     SIGTERM or Ctrl-C lets running requests end first; a second one ends at once.
     """
     open_here: Callable[..., Any] | None = None
+    if stop:
+        _stop(cluster, json)
+        return
+    if model is None:
+        raise UserError(
+            "nothing to serve: no model, run or recipe is named", hint="tunesmith serve runs/NAME"
+        )
     if not in_process:
         postpone("torch")  # 260 MiB and three seconds that only the engine's process needs
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no torch
@@ -111,6 +138,8 @@ def serve(
             from tunesmith.workflows.open_engine import open_engine
 
             open_here = open_engine
+        if cluster is not None:
+            from tunesmith.workflows.serve_ray import serve_on_ray
         from tunesmith.workflows.serve import serve as run
         from tunesmith.workflows.serve_settings import ServeOptions, deployment
 
@@ -125,6 +154,15 @@ def serve(
         threads=threads or "auto",
         allow_open=allow_open,
     )
+    if cluster is not None:
+        for option, is_given in {"--in-process": in_process, "--systemd-unit": systemd_unit}.items():
+            if is_given:
+                raise UserError(f"{option} with --cluster: Ray starts the processes", hint="leave it out")
+        found = serve_on_ray(model, options, cluster, most=max_replicas)
+        typer.echo(found["url"]) if not json else print_json(found)
+        return
+    if max_replicas is not None:
+        raise UserError(f"--max-replicas {max_replicas} without a Ray cluster", hint="--cluster auto")
     if systemd_unit:
         from tunesmith.workflows.systemd_unit import unit_for_command
 
@@ -135,6 +173,20 @@ def serve(
     on_ready = print_json if json else None
     if run(model, options, on_ready=on_ready, open_here=open_here) == signal.SIGINT:
         raise SystemExit(128 + signal.SIGINT)
+
+
+def _stop(cluster: str | None, as_json: bool) -> None:
+    from tunesmith.workflows.serve_ray import stop_on_ray
+
+    if cluster is None:
+        raise UserError(
+            "--stop without a Ray cluster", hint="--cluster auto; a server of this machine: Ctrl-C"
+        )
+    was = stop_on_ray(cluster)
+    if as_json:
+        print_json({"stopped": was})
+    else:
+        typer.echo("ended" if was else "nothing was served")
 
 
 def _key_of(file: Path) -> str:

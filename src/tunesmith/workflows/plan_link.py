@@ -28,7 +28,7 @@ from tunesmith.workflows.launch import Cluster, Crew, enter_worker
 
 SMALL_BYTES, LARGE_BYTES = 1 << 16, 1 << 24
 TIMES = 5
-# Of the layer that is timed, and how often it is taken: long enough for what the system does meanwhile.
+# Of the layers that are timed, and how many: long enough for what the system does meanwhile.
 TOKENS, LAYERS = 256, 8
 COLLECTIVES: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter")
 # Two processes on two cores of a Xeon, where measuring would take more than the run is worth.
@@ -119,15 +119,22 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def _layer(hidden: int, intermediate: int) -> Callable[[], object]:
-    """Forward and backward passes of two products, and their update."""
-    layer = nn.Sequential(nn.Linear(hidden, intermediate), nn.SiLU(), nn.Linear(intermediate, hidden))
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    """Forward and backward passes of two products in each of LAYERS layers, and their update.
+
+    Each has weights of its own: in a step they come from memory, where processes stand in each other's way
+    more than in their cores.
+    """
+    layers = [
+        nn.Sequential(nn.Linear(hidden, intermediate), nn.SiLU(), nn.Linear(intermediate, hidden))
+        for _ in range(LAYERS)
+    ]
+    optimizer = torch.optim.AdamW([weight for layer in layers for weight in layer.parameters()], fused=True)
     tokens = torch.randn(TOKENS, hidden)
 
     def work() -> None:
-        for _ in range(LAYERS):
+        for layer in layers:
             layer(tokens).square().mean().backward()
-            optimizer.step()
+        optimizer.step()
 
     return work
 

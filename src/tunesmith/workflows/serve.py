@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import say
 from tunesmith.serve.api import Gateway, create_app
 from tunesmith.serve.engine import EngineError
-from tunesmith.serve.guard import GuardOptions, guard
-from tunesmith.serve.jobs import ServedModel
+from tunesmith.serve.guard import guard
+from tunesmith.workflows.fill_gateway import fill, guard_options
 from tunesmith.workflows.http_server import Server, check_tls, listen, url_of
-from tunesmith.workflows.run_proof import PROBE_TOKENS, Probe, probe_answer
-from tunesmith.workflows.serve_settings import Deployment, ServeOptions, deployment, engine_wants
-from tunesmith.workflows.served_models import Facts, open_adapter, run_of, served_models
+from tunesmith.workflows.serve_settings import ServeOptions, deployment, engine_wants
+from tunesmith.workflows.served_models import Facts
 from tunesmith.workflows.start_engine import OpenEngine, StartedEngine
 
 NO_START = (
@@ -49,7 +46,7 @@ def serve(
         open_here=open_here,
     )
     gateway = Gateway()
-    guarded = guard(create_app(gateway), _guard_options(wanted, engine))
+    guarded = guard(create_app(gateway), guard_options(wanted, engine))
     listener = listen(settings.host, settings.port)
     server = Server(
         guarded,
@@ -72,20 +69,6 @@ def serve(
     if loader.failure is not None:
         raise loader.failure
     return server.stopped_by
-
-
-def _guard_options(wanted: Deployment, engine: StartedEngine) -> GuardOptions:
-    settings = wanted.settings
-    return GuardOptions(
-        keys_file=wanted.keys_file,
-        api_key=settings.api_key,
-        cors_origins=settings.cors_origins,
-        access_log=settings.log_requests,
-        log_prompts=settings.log_prompts,
-        metrics_open=settings.metrics_open,
-        bounds=wanted.bounds,
-        engines=engine.statuses,
-    )
 
 
 class _Loader(threading.Thread):
@@ -115,35 +98,8 @@ class _Loader(threading.Thread):
             self._server.stop()
 
     def _open(self, facts: Facts) -> None:
-        models = served_models(facts)
-        first = next(iter(models.values()))
-        probe = self._probe(first)
-        assert self._engine.engine is not None
-        self._gateway.open_adapter = partial(open_adapter, facts)
-        self._gateway.models, self._gateway.engine = models, self._engine.engine
-        say(f"{', '.join(models)} answers at {self._url}/v1  (context {first.max_length} tokens)")
+        opened = fill(self._gateway, self._engine, facts)
+        names, length = ", ".join(opened["models"]), opened["max_length"]
+        say(f"{names} answers at {self._url}/v1  (context {length} tokens)")
         if self._on_ready is not None:
-            self._on_ready(
-                {
-                    "url": self._url,
-                    "model": first.name,
-                    "models": list(models),
-                    "max_length": first.max_length,
-                    "probe": probe,
-                }
-                | first.origin
-            )
-
-    def _probe(self, model: ServedModel) -> dict[str, Any] | None:
-        """Of a run: whether an answer ends by its stop token; says so where it does not."""
-        run = model.origin["run"] and run_of(model.origin["run"])
-        engine = self._engine.engine
-        if not run or engine is None:
-            return None
-        found: Probe = asyncio.run(probe_answer(engine, model, run))
-        if not found.ends:
-            say(
-                f"warning: {model.name}: a probe answer did not end by its stop token within {PROBE_TOKENS} "
-                "tokens: was it trained long enough, and with its stop token?"
-            )
-        return {"tokens": found.tokens, "ends": found.ends}
+            self._on_ready({"url": self._url} | opened)
