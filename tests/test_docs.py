@@ -13,7 +13,8 @@ from tunesmith.cli.main import COMMANDS
 from tunesmith.recipe.load import check, parse_yaml
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-GROUPS = {"data", "image", "bundle", "import", "verify", "bench", "keys"}  # commands with commands below them
+# Commands with commands below them.
+GROUPS = {"data", "image", "bundle", "import", "verify", "bench", "keys", "jobs"}
 CALL = re.compile(r"^(?:\$ )?tunesmith (\w+)(.*)$", re.MULTILINE)
 
 

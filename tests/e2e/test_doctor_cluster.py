@@ -63,7 +63,9 @@ def test_two_hosts_that_are_well(cli: Cli, hosts: list[ClusterHost], shared: Pat
 def test_each_fault_is_found_where_it_is(hosts: list[ClusterHost], shared: Path, tmp_path: Path) -> None:
     first, second, third = (host.entry for host in hosts)
     entries = [first, second | {"gpus": 64, "python": "/nowhere/python"}, third]
-    listener = f"import socket; s = socket.create_server(('', {PORT})); print(flush=True)\nwhile s.accept(): pass"
+    listener = (
+        f"import socket; s = socket.create_server(('', {PORT})); print(flush=True)\nwhile s.accept(): pass"
+    )
     taken = ["ip", "netns", "exec", hosts[0].namespace, sys.executable, "-c", listener]
     with subprocess.Popen(taken, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()

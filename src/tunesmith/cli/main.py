@@ -49,6 +49,7 @@ COMMANDS = {
         "Know tokens, memory, time and disk of a training before it runs; refuse what cannot work.",
     ),
     "train": ("tunesmith.cli.train", "Train a recipe, or resume its unfinished run."),
+    "jobs": ("tunesmith.cli.jobs", "Train in a Ray cluster by jobs that outlive this terminal."),
     "import": ("tunesmith.cli.import_", "Turn another tool's training file into a recipe: xtuner 0.1."),
     "verify": ("tunesmith.cli.verify", "Prove on your own recipe that a killed run goes on exactly."),
     "bench": ("tunesmith.cli.bench", "Measure training on this machine, beside other tools."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -193,6 +194,7 @@ def _serve() -> Any:
     load_ray()
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells each of its steps
     return serve
 
 

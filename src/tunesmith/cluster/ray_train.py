@@ -64,9 +64,10 @@ class Nodes:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Nodes]:
+def connected(address: str, *, show: bool = True) -> Iterator[Nodes]:
     """As a driver of the Ray cluster at `auto` (RAY_ADDRESS, or the one on this machine), HOST:PORT or
-    ray://HOST:PORT; what its workers print goes to stderr. All that the driver began ends with it.
+    ray://HOST:PORT; what its workers print goes to stderr, if `show`. All that the driver began ends with it,
+    but for what Ray Serve has deployed.
 
     Raises MissingExtra without Ray, UserError when there is no cluster or one of another version.
     """
@@ -74,7 +75,7 @@ def connected(address: str) -> Iterator[Nodes]:
     # Ray prints what workers wrote to their stdout on ours, which belongs to --json.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            ray.init(address, log_to_driver=True, logging_level="WARNING")
+            ray.init(address, log_to_driver=show, logging_level="WARNING")
         except (ConnectionError, RuntimeError, ValueError) as error:
             ray.shutdown()
             raise UserError(

@@ -36,7 +36,7 @@ def serve_on_ray(
     wanted = deployment(path, options)
     least, most = count_of(wanted.settings, most)
     sent = sent_to(path, wanted, options)
-    with connected(address) as nodes:
+    with connected(address, show=False) as nodes:
         scale = scale_of(wanted, options, nodes, least, most)
         say(f"Ray: {nodes.count} nodes, {nodes.cpus} CPUs, {nodes.gpus} GPUs; {_text(scale)}")
         ray_serve.begin(wanted.settings.host, wanted.settings.port)
@@ -53,7 +53,7 @@ def serve_on_ray(
 
 def stop_on_ray(address: str) -> bool:
     """End the replicas and their front; whether there were any."""
-    with connected(address):
+    with connected(address, show=False):
         return ray_serve.stop()
 
 
