@@ -20,7 +20,7 @@ from tunesmith.core.events import read_events
 from tunesmith.core.net import free_port
 from tunesmith.core.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.hosts]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.hosts]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tests.conftest import Cli
 from tests.ray_cluster import RayCluster, ray_cluster, title
 from tunesmith.core.net import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.hosts, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.hosts, pytest.mark.timeout(1200)]
 REPLICAS = 2
 STREAMS = 64
 

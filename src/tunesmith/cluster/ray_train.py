@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 from tunesmith.core.errors import Interrupted, MissingExtra, RunFailed, UserError
 
 RETRIES = 3
+CONNECT_S = 10.0
 # Both are read by Ray while it is imported.
 SETTINGS = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 ADDRESS = re.compile(r"auto|(ray://)?[^\s/:]+:\d+")
@@ -72,6 +74,7 @@ def connected(address: str, *, show: bool = True) -> Iterator[Nodes]:
     Raises MissingExtra without Ray, UserError when there is no cluster or one of another version.
     """
     ray = load_ray()
+    _check_reachable(address)
     # Ray prints what workers wrote to their stdout on ours, which belongs to --json.
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -88,6 +91,20 @@ def connected(address: str, *, show: bool = True) -> Iterator[Nodes]:
             yield Nodes(len(alive), int(has.get("CPU", 0)), int(has.get("GPU", 0)))
         finally:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot reach a Ray cluster at '{address}': {error.strerror or error}",
+            hint="'ray status' on one of its machines tells whether it runs; from outside it is ray://HEAD:10001",
+        ) from None
 
 
 def load_ray() -> Any:
@@ -140,7 +157,7 @@ def train_together(
     Raises RunFailed after that, Interrupted by Ctrl-C.
     """
     ray = load_ray()
-    ledger = ray.remote(num_cpus=0)(Ledger).remote()
+    ledger = ray.remote(num_cpus=0, scheduling_strategy=_here(ray))(Ledger).remote()
     # Ray's own notes of this run. Checkpoints are ours: none is reported to Ray.
     notes = tempfile.mkdtemp(prefix="tunesmith-ray-")
     try:
@@ -157,6 +174,13 @@ def train_together(
         ) from None
     finally:
         shutil.rmtree(notes, ignore_errors=True)
+
+
+def _here(ray: Any) -> Any:
+    """The driver's node: what lies there is lost only when the driver is."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _trainer(
