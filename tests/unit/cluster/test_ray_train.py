@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.cluster.ray_train import Ledger, Workers, is_ray, workers_of
+from tunesmith.cluster.ray_train import Ledger, Workers, connected, is_ray, workers_of
 from tunesmith.core.errors import UserError
+from tunesmith.core.net import free_port
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,11 @@ def test_the_ledger_keeps_what_came_first() -> None:
 def test_workers_in_words() -> None:
     assert Workers(1, 1).text == "1 worker with a CPU each"
     assert Workers(2, 8, gpu=True).text == "2 to 8 workers with a GPU each"
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nothing_listens_is_told_at_once(form: str) -> None:
+    address = form.format(free_port())
+    with pytest.raises(UserError, match="cannot reach a Ray cluster") as caught, connected(address):
+        raise AssertionError("connected")
+    assert address in caught.value.what and "refused" in caught.value.what
