@@ -159,7 +159,10 @@ def serve(
             if is_given:
                 raise UserError(f"{option} with --cluster: Ray starts the processes", hint="leave it out")
         found = serve_on_ray(model, options, cluster, most=max_replicas)
-        typer.echo(found["url"]) if not json else print_json(found)
+        if json:
+            print_json(found)
+        else:
+            typer.echo(found["url"])
         return
     if max_replicas is not None:
         raise UserError(f"--max-replicas {max_replicas} without a Ray cluster", hint="--cluster auto")

@@ -81,11 +81,7 @@ def connected(address: str, *, show: bool = True) -> Iterator[Nodes]:
             ray.init(address, log_to_driver=show, logging_level="WARNING")
         except (ConnectionError, RuntimeError, ValueError) as error:
             ray.shutdown()
-            raise UserError(
-                f"cannot reach a Ray cluster at '{address}': {str(error).strip().splitlines()[0]}",
-                hint="'ray status' on one of its machines tells whether it runs; from outside it is "
-                "ray://HEAD:10001; Python and Ray must have the same versions here and there",
-            ) from error
+            raise _unreachable(address, str(error).strip().splitlines()[0]) from error
         try:
             alive, has = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
             yield Nodes(len(alive), int(has.get("CPU", 0)), int(has.get("GPU", 0)))
@@ -101,10 +97,15 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:
-        raise UserError(
-            f"cannot reach a Ray cluster at '{address}': {error.strerror or error}",
-            hint="'ray status' on one of its machines tells whether it runs; from outside it is ray://HEAD:10001",
-        ) from None
+        raise _unreachable(address, str(error.strerror or error)) from None
+
+
+def _unreachable(address: str, why: str) -> UserError:
+    return UserError(
+        f"cannot reach a Ray cluster at '{address}': {why}",
+        hint="'ray status' on one of its machines tells whether it runs; from outside it is "
+        "ray://HEAD:10001; Python and Ray must have the same versions here and there",
+    )
 
 
 def load_ray() -> Any:

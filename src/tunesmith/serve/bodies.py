@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass, fields
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -204,8 +203,7 @@ class BoundedTime:
         if not send.started:
             await refuse(scope, receive, send, error, close=True)
         elif send.is_event_stream and not send.ended:
-            event = b"data: " + json.dumps(error.body).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": False})
+            await send({"type": "http.response.body", "body": error.event, "more_body": False})
 
 
 class _PatientSend:

@@ -39,6 +39,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
+    def event(self) -> bytes:
+        """As the last event of a stream."""
+        return b"data: " + json.dumps(self.body).encode() + b"\n\n"
+
+    @property
     def response(self) -> JSONResponse:
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.retry_after_s is not None:

@@ -11,8 +11,8 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.serve.bodies import BoundedBody, BoundedHeaders, Bounds
@@ -118,8 +118,9 @@ class Forward:
         self._ask = ask
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _whole_body(receive)
-        if body is None:
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
             return
         sent = _Sent(send)
         answer = asyncio.ensure_future(self._answer(call_of(scope, body), sent))
@@ -178,8 +179,7 @@ async def _tell(lost: ReplicaLost, scope: Scope, receive: Receive, sent: _Sent) 
     if not sent.began:
         await refuse(scope, receive, sent.fresh, error)
     elif sent.is_event_stream:
-        event = b"data: " + json.dumps(error.body).encode() + b"\n\n"
-        await sent({"type": "http.response.body", "body": event, "more_body": False})
+        await sent({"type": "http.response.body", "body": error.event, "more_body": False})
     else:
         raise lost  # a part of an object is out: only a broken connection tells that it is not whole
 
@@ -216,18 +216,6 @@ async def replay(app: ASGIApp, call: Call) -> AsyncIterator[Message]:
 async def _drained(messages: asyncio.Queue[Message | None]) -> None:
     while await messages.get() is not None:
         pass
-
-
-async def _whole_body(receive: Receive) -> bytes | None:
-    """None when the client left."""
-    body = bytearray()
-    while True:
-        message: dict[str, Any] = dict(await receive())
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 async def _until_left(receive: Receive) -> None:
