@@ -62,9 +62,10 @@ class Machine:
         }
         up = 'ip link set lo up && exec "$@"' if lo else 'exec "$@"'
         command = ["unshare", "--net", "sh", "-c", up, "sh", *map(str, args)]
-        return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=500)
+        return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=1500)
 
 
+@pytest.mark.timeout(1800)  # installing alone takes minutes where the disk is slow
 def test_quickstart_on_a_machine_that_has_only_the_bundle(bundle: Path, tmp_path: Path) -> None:
     machine = Machine(tmp_path / "machine")
     assert machine("ip", "-o", "link").stdout.count("\n") == 1

@@ -14,7 +14,7 @@ from tunesmith.core.errors import UserError
 from tunesmith.host.checks_docker import OLDEST_DOCKER, docker_gpu
 from tunesmith.host.checks_fixes import RESTART
 from tunesmith.host.checks_host import CDI_LIST, DOCKER_ROOT, HOOKS, SNAP, Host, numbers
-from tunesmith.host.facts import UNKNOWN, Facts
+from tunesmith.host.facts import TIMED_OUT, UNKNOWN, Facts
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 
@@ -108,8 +108,9 @@ def _docker(host: Host) -> DockerState:
 
 
 def _compose(facts: Facts) -> bool:
-    known = [c for c in (COMPOSE, COMPOSE_V1) if facts.has(c)]
-    return not known or any(facts.answer(command).ok for command in known)
+    """One that did not answer in time, on a machine under load, is there all the same."""
+    known = [facts.answer(c) for c in (COMPOSE, COMPOSE_V1) if facts.has(c)]
+    return not known or any(answer.ok or answer.rc == TIMED_OUT for answer in known)
 
 
 def _has_toolkit(facts: Facts) -> bool:

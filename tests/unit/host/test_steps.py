@@ -21,7 +21,7 @@ from tunesmith.host.checks_host import (
     SMI,
     SNAP,
 )
-from tunesmith.host.facts import Answer, Facts, load_facts
+from tunesmith.host.facts import TIMED_OUT, Answer, Facts, load_facts
 from tunesmith.host.steps import plan_setup
 from tunesmith.host.steps_state import (
     APT_DOCKER_CE,
@@ -279,6 +279,11 @@ def test_missing_compose_and_missing_runtime_are_added_alone() -> None:
     )
     assert "docker-compose-v2" in lines(plan(host("ubuntu-22.04", lacking, named)), "docker-compose")[1]
     assert "docker-compose-plugin" in lines(plan(host("ubuntu-22.04", lacking, there)), "docker-compose")[1]
+
+
+def test_a_compose_that_answers_too_late_is_there() -> None:
+    late = {**SETTLED, COMPOSE: Answer(1), COMPOSE_V1: Answer(TIMED_OUT)}
+    assert "docker-compose" not in ids(plan(host("debian-12", late)))
 
 
 def test_docker_that_is_new_beside_an_old_toolkit_is_told_of_it() -> None:

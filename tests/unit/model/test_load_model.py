@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2
 
 from tunesmith.core.errors import UserError
 from tunesmith.model.config import context_length
-from tunesmith.model.load import load_model
+from tunesmith.model.load import ALIGNMENT, load_model
 from tunesmith.model.tokenizer import load_tokenizer
 
 
@@ -37,6 +37,16 @@ def test_same_logits_as_transformers(tiny: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     assert not ours.training
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=0)
+
+
+def test_every_weight_begins_where_torch_would_lay_it(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    odd = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(odd, model / "model.safetensors", metadata={"format": "pt", "note": "." * 8})
+    found = load(model)
+    assert {tensor.data_ptr() % ALIGNMENT for tensor in found.parameters()} == {0}
+    head, words = found.get_output_embeddings().weight, found.get_input_embeddings().weight
+    assert (head is words) is found.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
