@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Cli
 from tests.ray_cluster import RayCluster, ray_cluster, title
@@ -122,6 +123,13 @@ def test_it_is_the_same_gateway(endpoint: Endpoint, smol: Path) -> None:
     assert {endpoint.stream("Count to three.", tokens=1).replica for _ in range(4)} == {
         endpoint.stream("Count to three.", tokens=1).replica
     }
+
+
+def test_metrics_are_those_of_all_replicas(endpoint: Endpoint) -> None:
+    endpoint.ask("One more.", tokens=1)
+    families = text_string_to_metric_families(endpoint.get("/metrics").text)
+    told = [s for family in families for s in family.samples if s.name == "tunesmith_engine_ready"]
+    assert len({s.labels["replica"] for s in told}) == REPLICAS and {s.value for s in told} == {1.0}
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,15 @@ class Jobs:
         with self._told():
             self._client = _client(address)
 
-    def submit(self, job_id: str, command: str, folder: Path, metadata: dict[str, str]) -> None:
-        """Run a shell command in a copy of `folder` on the head of the cluster."""
+    def submit(
+        self, job_id: str, command: str, folder: Path, metadata: dict[str, str], env: dict[str, str]
+    ) -> None:
+        """Run a shell command in a copy of `folder`, with the variables `env`, on the head of the cluster."""
         with self._told():
             self._client.submit_job(
                 entrypoint=command,
                 submission_id=job_id,
-                runtime_env={"working_dir": str(folder), "env_vars": ENVIRONMENT},
+                runtime_env={"working_dir": str(folder), "env_vars": ENVIRONMENT | env},
                 metadata=metadata,
             )
 

@@ -185,6 +185,15 @@ async def answers(call: Any, lost: Callable[[str], Exception]) -> AsyncIterator[
             response.cancel()
 
 
+async def answers_of_all(method: str, *args: Any) -> list[Any]:
+    """What `method` of each replica returns, without those that fail; to be asked in a deployment."""
+    from ray import serve
+
+    handle: Any = serve.get_deployment_handle(REPLICA, APP)
+    found = await handle.broadcast(method, *args).results_async(timeout_s=ANSWER_S, return_exceptions=True)
+    return [answer for answer in found if not isinstance(answer, BaseException)]
+
+
 def replica_name() -> str:
     """Of the replica that asks, as 'serve status' and Ray's logs have it."""
     return str(_serve().get_replica_context().replica_id.unique_id)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,6 +20,7 @@ from tunesmith.recipe.section import Section
 from tunesmith.recipe.serving import Serve, option_of
 
 SomeSection = TypeVar("SomeSection", bound=Section)
+PLAIN = re.compile(r"(\w+:/)?/[\w/.@+-]+")  # a path or URL that YAML reads as text
 EXAMPLE = "model: {path: smollm2-135m-instruct}\ndata: {sources: [{path: my_rows.jsonl}]}"
 
 
@@ -96,6 +99,11 @@ def parse_yaml(text: str, file: str, noun: str = "recipe", example: str = EXAMPL
             f"{file}: a {noun} is a mapping of sections, not a {kind}", hint=f"start with:\n{example}"
         )
     return values
+
+
+def override(key: str, text: str) -> str:
+    """A `KEY=VALUE` of `--set` whose value is this text, whatever YAML would make of it."""
+    return f"{key}={text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)}"
 
 
 def dump_yaml(recipe: Recipe) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,6 +21,7 @@ from tunesmith.serve.refuse import route_path
 
 Engines = Callable[[], Mapping[str, EngineStatus]]
 
+CONTENT_TYPE = CONTENT_TYPE_LATEST.encode()
 MOST_VALUES = 200
 """Values of a label that get series of their own; those that come later share "other"."""
 METHODS = frozenset({"GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH"})
@@ -42,6 +45,26 @@ _COUNTERS = {
     "preempted": "Times that a request gave up its cache pages for others.",
     "restarts": "Times that the engine's process was started again.",
 }
+
+
+def joined(texts: Mapping[str, str]) -> bytes:
+    """What several gateways tell, by their names, as one text: each sample has the label `replica`."""
+    families: dict[str, Metric] = {}
+    for name, text in sorted(texts.items()):
+        for family in text_string_to_metric_families(text):
+            whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            whole.samples += [s._replace(labels={**s.labels, "replica": name}) for s in family.samples]
+    return generate_latest(_Fixed(families.values()))
+
+
+class _Fixed(Collector):
+    """A registry of what was collected elsewhere."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class _Bounded:
@@ -180,7 +203,7 @@ class MetricsRoute:
             return
         body = self._metrics.text()
         headers = [
-            (b"content-type", CONTENT_TYPE_LATEST.encode()),
+            (b"content-type", CONTENT_TYPE),
             (b"content-length", str(len(body)).encode()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import secrets
 import shlex
@@ -17,6 +16,7 @@ from signal import SIGINT
 from typing import Any
 
 from tunesmith.cluster.jobs import GRACE_S, Job, Jobs
+from tunesmith.cluster.launch import COMMAND
 from tunesmith.cluster.ray_train import workers_of
 from tunesmith.core.errors import Interrupted, RecipeErrors, TunesmithError, UserError
 from tunesmith.core.progress import say
@@ -24,7 +24,7 @@ from tunesmith.core.store import is_url, join
 from tunesmith.hub.builtin import BUILTIN
 from tunesmith.hub.datasets import is_hub_dataset
 from tunesmith.hub.sources import is_hub_model
-from tunesmith.recipe.load import dump_yaml, load_recipe
+from tunesmith.recipe.load import dump_yaml, load_recipe, override
 from tunesmith.recipe.resolve import without_secrets
 from tunesmith.recipe.schema import Recipe
 
@@ -32,20 +32,23 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 RECIPE, RUN = "tunesmith_recipe", "tunesmith_run"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-PLAIN = re.compile(r"/[\w/.@+-]+")  # what YAML reads as text
 POLL_S = 0.5
 NOT_FOUND = 127  # exit code of a shell that finds no such program
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What goes to the cluster: a recipe's file, and the command that trains it there."""
+    """What goes to the cluster: a recipe's file, and the command that trains it there.
+
+    again: what a person types to go on with the run.
+    """
 
     id: str
     file: str
     text: str
     command: str
     run: str
+    again: str
 
 
 def cluster_address(given: str | None, environment: Mapping[str, str]) -> str:
@@ -70,7 +73,8 @@ def submit(submission: Submission, address: str) -> Job:
         folder = Path(name)
         (folder / submission.file).write_text(submission.text, encoding="utf-8")
         labels = {RECIPE: submission.file, RUN: submission.run}
-        jobs.submit(submission.id, submission.command, folder, labels)
+        again = f"{submission.again} --cluster {shlex.quote(address)}"
+        jobs.submit(submission.id, submission.command, folder, labels, {COMMAND: again})
     return jobs.get(submission.id)
 
 
@@ -98,14 +102,22 @@ def prepare(
         text, overrides = dump_yaml(without_secrets(recipe)), []
     full = full_paths(recipe, str(recipe_path))
     sets = [given for given in overrides if given.partition("=")[0].strip() not in full]
-    sets += [f"{key}={_as_yaml(path)}" for key, path in full.items()]
+    sets += [override(key, path) for key, path in full.items()]
     command = ["tunesmith", "train", recipe_path.name, "--cluster", "auto"]
     command += ["--workers", workers] if workers else []
     command += ["--fresh"] if fresh else []
     command += [part for override in sets for part in ("--set", override)]
+    again = ["tunesmith", "jobs", "submit", str(recipe_path.absolute())]
+    again += ["--workers", workers] if workers else []
+    again += [part for given in overrides for part in ("--set", given)]
     title = recipe.name or recipe_path.stem
     return Submission(
-        job_id(name or title), recipe_path.name, text, shlex.join(command), join(output_of(recipe), title)
+        id=job_id(name or title),
+        file=recipe_path.name,
+        text=text,
+        command=shlex.join(command),
+        run=join(output_of(recipe), title),
+        again=shlex.join(again),
     )
 
 
@@ -168,10 +180,6 @@ def _is_model(path: str) -> bool:
 
 def _is_none(path: str) -> bool:
     return False
-
-
-def _as_yaml(path: str) -> str:
-    return path if is_url(path) or PLAIN.fullmatch(path) else json.dumps(path, ensure_ascii=False)
 
 
 # -- look and stop -----------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tunesmith.cluster.ray_serve import answers, replica_name
+from tunesmith.cluster.ray_serve import NO_REPLICA, answers, answers_of_all, replica_name
 from tunesmith.core.errors import RunFailed
+from tunesmith.serve.access import METRICS_PATH
 from tunesmith.serve.admin import is_admin
 from tunesmith.serve.api import create_app
 from tunesmith.serve.bodies import Bounds
@@ -16,6 +17,7 @@ from tunesmith.serve.errors import ApiError
 from tunesmith.serve.forward import Call, ReplicaLost, forwarding, replay
 from tunesmith.serve.gateway import Gateway
 from tunesmith.serve.guard import guard
+from tunesmith.serve.metrics import CONTENT_TYPE, joined
 from tunesmith.serve.refuse import refuse, route_path
 from tunesmith.workflows.fill_gateway import fill, guard_options
 from tunesmith.workflows.serve_settings import ServeOptions, deployment, engine_wants
@@ -54,6 +56,10 @@ class Replica:
                 message["headers"] = [*message["headers"], (REPLICA_HEADER, self._name)]
             yield message
 
+    async def answer_whole(self, call: Call) -> tuple[str, list[Message]]:
+        """Its name, and its answer as `answer` gives it."""
+        return self._name.decode(), [message async for message in self.answer(call)]
+
     def describe(self) -> dict[str, Any]:
         """What it was made of, and what it serves."""
         return {"sent": self._sent, "facts": self._facts}
@@ -89,4 +95,23 @@ def front() -> ASGIApp:
 
 
 def _ask(call: Call) -> AsyncIterator[Message]:
+    if (call.method, call.path) == ("GET", METRICS_PATH):
+        return metrics_of_all(call)
     return answers(call, ReplicaLost)
+
+
+async def metrics_of_all(call: Call) -> AsyncIterator[Message]:
+    """The metrics of every replica as one answer; the refusal where one refuses."""
+    told: list[tuple[str, list[Message]]] = await answers_of_all("answer_whole", call)
+    if not told:
+        raise ReplicaLost(NO_REPLICA)
+    for _, messages in told:
+        if messages[0]["status"] != 200:
+            for message in messages:
+                yield message
+            return
+    texts = {name: b"".join(m.get("body", b"") for m in messages).decode() for name, messages in told}
+    body = joined(texts)
+    headers = [(b"content-type", CONTENT_TYPE), (b"content-length", str(len(body)).encode())]
+    yield {"type": "http.response.start", "status": 200, "headers": headers}
+    yield {"type": "http.response.body", "body": body}

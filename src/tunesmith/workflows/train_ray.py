@@ -20,7 +20,7 @@ from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.core.store import Store, is_url
 from tunesmith.hub.lock import versions
-from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.load import load_recipe, override
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.group import is_lost_peer
 from tunesmith.train.ranks import ranks_from
@@ -47,7 +47,8 @@ def train_on_ray(
         if chosen.least > (nodes.gpus if chosen.gpu else nodes.cpus):
             say("warning: that is more than the cluster has; waiting until it has grown")
         sent = parcel(recipe, recipe_path, overrides, fresh=fresh)
-        sent["command"] = command_of(recipe_path, overrides, address, workers)
+        # A job has been told what a person types.
+        sent["command"] = os.environ.get(COMMAND) or command_of(recipe_path, overrides, address, workers)
         name = recipe.name or recipe_path.stem
         result = train_together(take_part, sent, chosen, name=name)
     if "error" in result:
@@ -78,7 +79,7 @@ def parcel(recipe: Recipe, recipe_path: Path, overrides: list[str], *, fresh: bo
     """What every worker is told. Folders are named in full: a worker starts in one of its own."""
     laid_over = [*overrides, "hardware.processes=auto"]
     if not is_url(recipe.output_dir):
-        laid_over.append(f"output_dir={run_folder(recipe, recipe_path).path.parent}")
+        laid_over.append(override("output_dir", str(run_folder(recipe, recipe_path).path.parent)))
     return {
         "path": str(recipe_path.absolute()),
         "text": recipe_path.read_text(encoding="utf-8"),

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.unit.serve.asgi import Client, Words, ask, bearer, get
 from tunesmith.serve.engine import EngineStatus
 from tunesmith.serve.guard import Guard, GuardOptions, guard
-from tunesmith.serve.metrics import MOST_VALUES
+from tunesmith.serve.metrics import MOST_VALUES, joined
 from tunesmith.serve.record import RequestRecord
 
 STATUS = EngineStatus(
@@ -133,3 +133,31 @@ def test_two_guards_count_apart() -> None:
     ask(one)
     both: list[Any] = [value(app, "tunesmith_completion_tokens_total") for app in (one, other)]
     assert both == [3, 0]
+
+
+def test_the_metrics_of_several_replicas_as_one() -> None:
+    apps = {name: guard(Words().app, GuardOptions(api_key="k")) for name in ("a", "b")}
+    for name, times in (("a", 1), ("b", 2)):
+        for _ in range(times):
+            ask(apps[name], headers=bearer("k"))
+    one = {name: get(app, "/metrics").body.decode() for name, app in apps.items()}
+    text = joined(one).decode()
+    assert text.count("# TYPE tunesmith_requests_total counter") == 1
+    found = {
+        (s.name, frozenset(s.labels.items())): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+    alone = {
+        (s.name, frozenset({**s.labels, "replica": name}.items())): s.value
+        for name, of_one in one.items()
+        for family in text_string_to_metric_families(of_one)
+        for s in family.samples
+    }
+    assert found == alone
+    answered = {
+        dict(labels)["replica"]: count
+        for (name, labels), count in found.items()
+        if name == "tunesmith_requests_total"
+    }
+    assert answered == {"a": 1, "b": 2}

@@ -61,6 +61,9 @@ def test_local_paths_are_sent_in_full(here: Path) -> None:
         f"--set output_dir={here}/out --set model.path={here}/models/base "
         f"--set data.sources.0.path={here}/rows.jsonl"
     )
+    assert made.again == (
+        f"tunesmith jobs submit {here}/mine.yaml --workers 2:8 --set train.lr=1e-3 --set output_dir=out"
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_paths_that_lead_nowhere_are_all_told(here: Path) -> None:
 def test_an_api_key_stays_here(here: Path) -> None:
     (here / "mine.yaml").write_text(TEXT + "serve: {api_key: hidden}\n")
     made = prepare(Path("mine.yaml"), ["serve.api_key=secret", "train.seed=7"])
-    assert not any(word in made.text + made.command for word in ("hidden", "secret"))
+    assert not any(word in made.text + made.command + made.again for word in ("hidden", "secret"))
     recipe = sent_recipe(here, made.command, made.text)
     assert recipe["train"]["seed"] == 7 and recipe["model"]["path"] == f"{here}/models/base"  # type: ignore[index]
 
