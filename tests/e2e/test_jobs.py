@@ -108,6 +108,9 @@ def test_a_job_that_was_stopped_goes_on_by_the_same_submit(
     reached = run.latest_checkpoint()
     assert reached is not None
     saved_step, steps = int(reached.name.removeprefix("step-")), len(events(run, "step"))
+    assert saved_step == events(run, "step")[-1]["step"], "what came after the last checkpoint is lost"
+    log = jobs("logs", "first").stdout
+    assert f"go on with: tunesmith jobs submit {folder}/recipe.yaml" in log, log
 
     args = ["submit", "recipe.yaml", "--name", "second", "--follow", "--cluster", cluster.dashboard or ""]
     pipe = subprocess.PIPE

@@ -15,6 +15,7 @@ from tests.conftest import Cli
 from tests.e2e.train_helpers import Training, write_recipe
 from tests.ray_cluster import RayCluster, ray_cluster, title
 from tunesmith.core.events import read_events
+from tunesmith.core.run_folder import RunFolder
 from tunesmith.train.metrics import loss_curve
 
 pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.hosts, pytest.mark.timeout(900)]
@@ -99,6 +100,23 @@ def test_a_worker_that_is_killed_costs_what_came_after_the_last_checkpoint(
     assert code == 0 and "resuming" in errors, errors
     assert processes_of(recipe, name) == [2, 2]
     assert curve_of(recipe, name) == pytest.approx(curve, abs=1e-5)
+
+
+def test_ctrl_c_saves_and_one_process_goes_on(
+    recipe: Path, curve: dict[int, float], cluster: RayCluster
+) -> None:
+    training = on_ray(recipe, cluster, "stopped", "2")
+    training.wait_for(lambda: training.new_events("step") >= 3, START_S)
+    training.process.send_signal(signal.SIGINT)
+    code, _, errors = training.end()
+    assert code == 130 and "saved as" in errors and "--workers 2" in errors, errors
+    run = RunFolder(recipe.parent / "runs" / "stopped")
+    reached, saved = max(curve_of(recipe, "stopped")), run.latest_checkpoint()
+    assert saved is not None and saved.name == f"step-{reached:06d}" and reached < STEPS
+    code, _, errors = Training(recipe, "--set", "name=stopped").end()
+    assert code == 0, errors
+    assert processes_of(recipe, "stopped") == [2, 1]
+    assert curve_of(recipe, "stopped") == pytest.approx(curve, abs=1e-5)
 
 
 def test_an_error_that_no_retry_can_mend_is_told_once(

@@ -6,20 +6,25 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from signal import SIGINT
+from signal import SIGINT, SIGTERM
+from types import FrameType
 from typing import Any
 
 from tunesmith.core.errors import Interrupted, MissingExtra, RunFailed, UserError
+from tunesmith.core.progress import say
 
 RETRIES = 3
 CONNECT_S = 10.0
+LISTEN_S = 0.5
 # Both are read by Ray while it is imported.
 SETTINGS = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 ADDRESS = re.compile(r"auto|(ray://)?[^\s/:]+:\d+")
@@ -120,11 +125,13 @@ def load_ray() -> Any:
 
 
 class Ledger:
-    """An actor that outlives the workers: what their first attempt found, and why no other can succeed."""
+    """An actor that outlives the workers: what their first attempt found, why no other can succeed, and
+    whether they have been asked to stop."""
 
     def __init__(self) -> None:
         self._first: list[Any] = []
         self._fault: dict[str, Any] | None = None
+        self._stop: int | None = None
 
     def first(self, found: Any) -> Any:
         """The value of the first call."""
@@ -137,10 +144,29 @@ class Ledger:
     def fault(self) -> dict[str, Any] | None:
         return self._fault
 
+    def stop(self, signal_number: int) -> None:
+        self._stop = self._stop or signal_number
+
+    def asked_to_stop(self) -> int | None:
+        """The signal that asked."""
+        return self._stop
+
 
 def ask(ledger: Any, question: str, *values: Any) -> Any:
     """In a worker: what a method of the run's Ledger returns."""
     return load_ray().get(getattr(ledger, question).remote(*values))
+
+
+def listen(ledger: Any, stop: Callable[[int], None]) -> None:
+    """In a worker: call `stop` with the signal that has asked the training to stop, as soon as one has."""
+
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # the driver is gone, and soon so is this worker
+            while (number := ask(ledger, "asked_to_stop")) is None:
+                time.sleep(LISTEN_S)
+            stop(number)
+
+    threading.Thread(target=wait, name="stop", daemon=True).start()
 
 
 def train_together(
@@ -155,7 +181,8 @@ def train_together(
 
     Every worker has RANK and the like in its environment, a gloo group that has met, and the run's Ledger as
     sent["ledger"]. When a worker dies or raises, Ray ends the others and starts all again, `retries` times.
-    Raises RunFailed after that, Interrupted by Ctrl-C.
+    Ctrl-C and SIGTERM are handed to those who `listen`.
+    Raises RunFailed after the retries, Interrupted by a second Ctrl-C.
     """
     ray = load_ray()
     ledger = ray.remote(num_cpus=0, scheduling_strategy=_here(ray))(Ledger).remote()
@@ -163,7 +190,7 @@ def train_together(
     notes = tempfile.mkdtemp(prefix="tunesmith-ray-")
     try:
         trainer = _trainer(part, sent | {"ledger": ledger}, workers, notes, name, retries)
-        value: dict[str, Any] = _in_thread(trainer.fit).return_value
+        value: dict[str, Any] = _in_thread(trainer.fit, ledger.stop.remote).return_value
         return value
     except ray.train.TrainingFailedError as error:
         raise RunFailed(
@@ -210,9 +237,14 @@ def _trainer(
     )
 
 
-def _in_thread(call: Callable[[], Any]) -> Any:
-    """What `call` returns. In the main thread Ray would take Ctrl-C for itself, and end with code 0."""
+def _in_thread(call: Callable[[], Any], asked: Callable[[int], object]) -> Any:
+    """What `call` returns; `asked` gets the signal that asks to stop.
+
+    In the main thread Ray would take Ctrl-C for itself, and end with code 0.
+    Raises KeyboardInterrupt by a second Ctrl-C.
+    """
     box: list[Any] = []
+    signals: list[int] = []
 
     def run() -> None:
         try:
@@ -220,10 +252,28 @@ def _in_thread(call: Callable[[], Any]) -> Any:
         except BaseException as error:
             box.append((None, error))
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
+    def note(number: int, frame: FrameType | None) -> None:
+        if signals and number == SIGINT:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (SIGINT, SIGTERM)} if main else {}
+    try:
+        thread = threading.Thread(target=run, name="ray-train", daemon=True)
+        thread.start()
+        handed_on = False
+        while thread.is_alive():
+            thread.join(0.2)
+            if signals and not handed_on:
+                handed_on = True
+                say(
+                    f"{signal.Signals(signals[0]).name}: asking the workers to save and stop; again ends them"
+                )
+                asked(signals[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     value, error = box[0]
     if error is not None:
         raise error

@@ -10,17 +10,33 @@ from typing import Any
 from tunesmith.core.progress import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVING = "{}: finishing the step, then saving"
+
+
+_from_elsewhere: list[int] = []
+
+
+def ask_to_stop(number: int) -> None:
+    """As this signal would, for a process whose training is not in its main thread: from any thread, before
+    the training has begun or after."""
+    if not _from_elsewhere:
+        say(SAVING.format(signal.Signals(number).name))
+    _from_elsewhere.append(number)
 
 
 class StopRequest:
     """`with StopRequest() as stop:` ... `if stop.signal_number:` finish, save, leave.
 
-    Signals can be caught in the main thread only; elsewhere none ever comes.
+    Signals can be caught in the main thread only; elsewhere only `ask_to_stop` is heard.
     """
 
     def __init__(self) -> None:
-        self.signal_number: int | None = None
+        self._caught: int | None = None
         self._before: dict[int, Any] = {}
+
+    @property
+    def signal_number(self) -> int | None:
+        return self._caught or next(iter(_from_elsewhere), None)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -32,9 +48,10 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        _from_elsewhere.clear()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
+        if self._caught is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number
-        say(f"{signal.Signals(number).name}: finishing the step, then saving")
+        self._caught = number
+        say(SAVING.format(signal.Signals(number).name))

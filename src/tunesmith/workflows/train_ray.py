@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from tunesmith.cluster.launch import COMMAND
-from tunesmith.cluster.ray_train import Nodes, Workers, ask, connected, train_together, workers_of
-from tunesmith.core.errors import RunFailed, TunesmithError, UserError
+from tunesmith.cluster.ray_train import Nodes, Workers, ask, connected, listen, train_together, workers_of
+from tunesmith.core.errors import Interrupted, RunFailed, TunesmithError, UserError
 from tunesmith.core.net import free_port
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder
@@ -24,6 +24,7 @@ from tunesmith.recipe.load import load_recipe, override
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.group import is_lost_peer
 from tunesmith.train.ranks import ranks_from
+from tunesmith.train.stop import ask_to_stop
 from tunesmith.workflows.launch import as_error
 from tunesmith.workflows.run_facts import run_folder, run_url
 from tunesmith.workflows.train import train_recipe
@@ -51,6 +52,8 @@ def train_on_ray(
         sent["command"] = os.environ.get(COMMAND) or command_of(recipe_path, overrides, address, workers)
         name = recipe.name or recipe_path.stem
         result = train_together(take_part, sent, chosen, name=name)
+    if "signal" in result:
+        raise Interrupted(result["signal"], result["error"]["what"], result["error"]["hint"])
     if "error" in result:
         raise as_error(result["error"], result["who"])
     return TrainResult(**result | {"run": RunFolder(Path(result["run"]))})
@@ -108,6 +111,7 @@ def take_part(sent: dict[str, Any]) -> dict[str, Any]:
     if told := ask(sent["ledger"], "fault"):
         return dict(told)
     ranks = ranks_from(os.environ)
+    listen(sent["ledger"], ask_to_stop)
     try:
         if Path(sent["folder"]).is_dir():
             os.chdir(sent["folder"])
@@ -119,6 +123,8 @@ def take_part(sent: dict[str, Any]) -> dict[str, Any]:
         return train_recipe(recipe_path, overrides, fresh=fresh).as_dict()
     except TunesmithError as error:
         told = {"error": error.as_dict(), "who": f"rank {ranks.rank}"}
+        if isinstance(error, Interrupted):  # all ranks, after the same step
+            return told | {"signal": error.exit_code - 128}
         if ranks.size == 1:
             return told
         if not (isinstance(error, RunFailed) and error.__cause__ and is_lost_peer(error.__cause__)):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 
+from tunesmith.cluster import ray_train
 from tunesmith.cluster.ray_train import Ledger, Workers, connected, is_ray, workers_of
 from tunesmith.core.errors import UserError
 from tunesmith.core.net import free_port
@@ -56,3 +61,37 @@ def test_an_address_where_nothing_listens_is_told_at_once(form: str) -> None:
     with pytest.raises(UserError, match="cannot reach a Ray cluster") as caught, connected(address):
         raise AssertionError("connected")
     assert address in caught.value.what and "refused" in caught.value.what
+
+
+def test_ctrl_c_is_handed_on_once_and_a_second_one_ends() -> None:
+    handed_on: list[int] = []
+    again, over = threading.Event(), threading.Event()
+
+    def train() -> str:
+        for wait in (again, over):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert wait.wait(30)
+        return "saved"
+
+    def asked(number: int) -> None:
+        handed_on.append(number)
+        again.set()
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        ray_train._in_thread(train, asked)
+    over.set()
+    assert handed_on == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_was_asked_to_stop_may_still_end_well_or_fail() -> None:
+    handed_on = threading.Event()
+
+    def train() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handed_on.wait(30)
+        return "saved"
+
+    assert ray_train._in_thread(train, lambda number: handed_on.set()) == "saved"
+    with pytest.raises(ZeroDivisionError):
+        ray_train._in_thread(lambda: 1 / 0, print)
