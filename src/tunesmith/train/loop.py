@@ -33,7 +33,7 @@ from tunesmith.train.optim import make_schedule
 from tunesmith.train.precision import first_scale
 from tunesmith.train.seeds import seed_everything, seed_of
 from tunesmith.train.speed import speed_up
-from tunesmith.train.stop import StopRequest
+from tunesmith.train.stop import SIGNALS, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,11 @@ class Trainer:
         """The signal that asked any process to stop: all of them stop after the same step."""
         if self.engine.num_ranks == 1:
             return signal_number
-        asked = self.engine.sum([float(signal_number is not None)])[0] > 0
-        return (signal_number or signal.SIGTERM) if asked else None
+        numbers, count = self.engine.sum([float(signal_number or 0), float(signal_number is not None)])
+        if not count:
+            return None
+        same = int(numbers / count)
+        return same if same in SIGNALS and same * count == numbers else signal.SIGTERM
 
     # -- one step --------------------------------------------------------------------------------------
 
