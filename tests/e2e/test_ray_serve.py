@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ class Endpoint:
     def ask(self, text: str, *, tokens: int = 16) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body(text, tokens), timeout=300)
 
-    def stream(self, text: str, *, tokens: int = 32) -> Answer:
+    def stream(self, text: str, *, tokens: int = 32, began: Counter[str] | None = None) -> Answer:
+        """began: counts the streams of each replica that are under way."""
         whole = body(text, tokens) | {"stream": True}
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=whole, timeout=300) as response:
             replica = response.headers.get("x-tunesmith-replica", "")
@@ -72,7 +75,21 @@ class Endpoint:
                 return Answer(
                     replica, error=json.loads(response.read())["error"], status=response.status_code
                 )
-            return told(replica, response.iter_lines())
+            lines = response.iter_lines()
+            if began is None:
+                return told(replica, lines)
+            first = list(islice(lines, 5))  # the role, and words
+            began[replica] += 1
+            try:
+                return told(replica, chain(first, lines))
+            finally:
+                began[replica] -= 1
+
+    def ready(self) -> set[str]:
+        """The names of the replicas that can answer."""
+        told = self.get("/metrics").text
+        samples = [s for family in text_string_to_metric_families(told) for s in family.samples]
+        return {s.labels["replica"] for s in samples if s.name == "tunesmith_engine_ready" and s.value == 1}
 
     def replicas(self) -> dict[str, int]:
         """The process of each replica that answers, by its name."""
@@ -88,7 +105,7 @@ def body(text: str, tokens: int) -> dict[str, Any]:
     return {"model": "smol", "messages": messages, "max_tokens": tokens, "temperature": 0}
 
 
-def told(replica: str, lines: Iterator[str]) -> Answer:
+def told(replica: str, lines: Iterable[str]) -> Answer:
     text, finish = "", None
     for line in lines:
         data = line.removeprefix("data: ")
@@ -126,10 +143,7 @@ def test_it_is_the_same_gateway(endpoint: Endpoint, smol: Path) -> None:
 
 
 def test_metrics_are_those_of_all_replicas(endpoint: Endpoint) -> None:
-    endpoint.ask("One more.", tokens=1)
-    families = text_string_to_metric_families(endpoint.get("/metrics").text)
-    told = [s for family in families for s in family.samples if s.name == "tunesmith_engine_ready"]
-    assert len({s.labels["replica"] for s in told}) == REPLICAS and {s.value for s in told} == {1.0}
+    assert len(endpoint.ready()) == REPLICAS
 
 
 @pytest.mark.parametrize(
@@ -159,10 +173,15 @@ def test_a_killed_replica_takes_only_its_own_streams(endpoint: Endpoint) -> None
     """Under 64 streams: those of the other replica end well, its own with an error object; another comes."""
     before = endpoint.replicas()
     assert len(before) == REPLICAS
+    began: Counter[str] = Counter()
     with ThreadPoolExecutor(STREAMS) as pool:
-        asked = [pool.submit(endpoint.stream, f"Tell me about the number {n}.") for n in range(STREAMS)]
-        while not any(one.done() for one in asked):
-            time.sleep(0.05)  # most are in the middle of their answers now
+        asked = [
+            pool.submit(endpoint.stream, f"Tell me about the number {n}.", tokens=48, began=began)
+            for n in range(STREAMS)
+        ]
+        while sum(count >= 2 for count in list(began.values())) < REPLICAS:
+            assert not all(one.done() for one in asked), "one replica had all streams"
+            time.sleep(0.01)
         os.kill(next(iter(before.values())), signal.SIGKILL)
         killed = time.monotonic()
         answers = [one.result() for one in asked]
@@ -173,9 +192,10 @@ def test_a_killed_replica_takes_only_its_own_streams(endpoint: Endpoint) -> None
     assert lost[0].replica not in {answer.replica for answer in whole[-1:]}
     assert all(answer.finish in ("stop", "length") and answer.text for answer in whole)
     assert len(whole) >= STREAMS // 4
-    while len(after := endpoint.replicas()) < REPLICAS or after.keys() == before.keys():
-        assert time.monotonic() < killed + 120, f"no new replica: {after}"
+    while len(after := endpoint.ready() - {lost[0].replica}) < REPLICAS:
+        assert time.monotonic() < killed + 120, f"no new replica: {after}"  # twice, for a machine under load
         time.sleep(0.2)
+    print(f"{len(lost)} of {STREAMS} streams lost; a new replica after {time.monotonic() - killed:.1f} s")
     assert endpoint.ask("And now?").status_code == 200
 
 
@@ -229,7 +249,7 @@ def test_a_model_that_does_not_load_leaves_the_old_one(endpoint: Endpoint, cli: 
     port = endpoint.url.rpartition(":")[2]
     at = ("--cluster", endpoint.cluster.address, "--port", port, "--keys-file", "none")
     failed = cli("serve", tmp_path / "nothing", *at, "--replicas", REPLICAS)
-    assert failed.returncode == 1 and str(tmp_path / "nothing") in failed.stderr, failed.stderr
+    assert failed.returncode == 4 and str(tmp_path / "nothing") in failed.stderr, failed.stderr
     assert "Traceback" not in failed.stderr.partition("error:")[2]
     assert endpoint.get("/v1/models").json()["data"][0]["path"] == before
     assert endpoint.ask("Still there?").status_code == 200

@@ -18,6 +18,8 @@ ROUTER = "tunesmith.cluster.prefix_router.PrefixRouter"
 # A replica that ends has to be seen to have ended, by health checks, before another takes its place.
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 3.0, 30.0
 ANSWER_S = 30.0
+# Tries of a replica that does not come up, before the deployment has failed.
+STARTS = 2
 NO_REPLICA = "no replica of the model is running; try again soon"
 
 
@@ -79,6 +81,7 @@ def _bound(replica: type, sent: Mapping[str, Any], scale: Scale) -> Any:
         max_ongoing_requests=scale.max_requests,
         graceful_shutdown_timeout_s=scale.grace_s,
         graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=STARTS,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         request_router_config=serve.config.RequestRouterConfig(request_router_class=ROUTER),
