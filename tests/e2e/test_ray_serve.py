@@ -22,7 +22,12 @@ from tests.conftest import Cli
 from tests.ray_cluster import RayCluster, ray_cluster, title
 from tunesmith.core.net import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.hosts, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.hosts,
+    pytest.mark.timeout(1200),
+    pytest.mark.xdist_group("ray"),  # one cluster at a time: each takes all of a small machine
+]
 REPLICAS = 2
 STREAMS = 64
 
@@ -199,6 +204,7 @@ def test_a_killed_replica_takes_only_its_own_streams(endpoint: Endpoint) -> None
     assert endpoint.ask("And now?").status_code == 200
 
 
+@pytest.mark.whole
 def test_a_rolling_update_fails_no_request(endpoint: Endpoint, smol: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.symlink_to(smol)
@@ -244,6 +250,7 @@ def test_what_cannot_be(cli: Cli, endpoint: Endpoint, smol: Path, tmp_path: Path
         assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.whole
 def test_a_model_that_does_not_load_leaves_the_old_one(endpoint: Endpoint, cli: Cli, tmp_path: Path) -> None:
     before = endpoint.get("/v1/models").json()["data"][0]["path"]
     port = endpoint.url.rpartition(":")[2]

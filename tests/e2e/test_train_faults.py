@@ -86,7 +86,7 @@ def enough(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["step", "longest"])
+@pytest.mark.parametrize("when", ["step", pytest.param("longest", marks=pytest.mark.whole)])
 def test_out_of_memory_cuts_the_micro_batches_and_nothing_else(
     tmp_path: Path, tiny: Path, enough: RunFolder, when: str
 ) -> None:

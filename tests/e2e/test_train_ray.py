@@ -18,7 +18,12 @@ from tunesmith.core.events import read_events
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.train.metrics import loss_curve
 
-pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.hosts, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.hosts,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("ray"),  # one cluster at a time: each takes all of a small machine
+]
 
 STEPS = 60
 START_S = 300  # Ray starts a process for each worker, which imports all anew
@@ -102,6 +107,7 @@ def test_a_worker_that_is_killed_costs_what_came_after_the_last_checkpoint(
     assert curve_of(recipe, name) == pytest.approx(curve, abs=1e-5)
 
 
+@pytest.mark.whole
 def test_ctrl_c_saves_and_one_process_goes_on(
     recipe: Path, curve: dict[int, float], cluster: RayCluster
 ) -> None:
@@ -119,6 +125,7 @@ def test_ctrl_c_saves_and_one_process_goes_on(
     assert curve_of(recipe, "stopped") == pytest.approx(curve, abs=1e-5)
 
 
+@pytest.mark.whole
 def test_an_error_that_no_retry_can_mend_is_told_once(
     recipe: Path, cluster: RayCluster, cli: Cli, tmp_path: Path
 ) -> None:
@@ -136,6 +143,7 @@ def test_an_error_that_no_retry_can_mend_is_told_once(
     assert what.removeprefix("error: ") in done.stderr.partition("\nerror: ")[2].splitlines()[0]
 
 
+@pytest.mark.whole
 def test_a_run_goes_on_with_fewer_workers_when_a_node_is_gone(
     recipe: Path, curve: dict[int, float], cluster: RayCluster
 ) -> None:
