@@ -234,6 +234,31 @@ def test_a_rolling_update_fails_no_request(endpoint: Endpoint, smol: Path, tmp_p
     assert paths == {str(second)}
 
 
+@pytest.mark.whole
+def test_replicas_come_when_requests_pile_up(endpoint: Endpoint, smol: Path) -> None:
+    told = endpoint.serve(smol, "--replicas", 1, "--max-replicas", 2, "--keys-file", "none")
+    assert (told["replicas"], told["max_replicas"]) == (1, 2) and len(endpoint.ready()) == 1
+    done = False
+
+    def keep_asking(number: int) -> set[int | None]:
+        found: set[int | None] = set()
+        while not done:
+            answer = endpoint.stream(f"Tell me about the number {number}.", tokens=24)
+            found.add(answer.status if answer.error is None else answer.error["code"])
+        return found
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        asked = [pool.submit(keep_asking, number) for number in range(STREAMS)]
+        try:
+            end = time.monotonic() + 300
+            while len(endpoint.ready()) < 2:
+                assert time.monotonic() < end, "no second replica"
+                time.sleep(0.5)
+        finally:
+            done = True
+        assert set.union(*(one.result() for one in asked)) == {200}
+
+
 def test_what_cannot_be(cli: Cli, endpoint: Endpoint, smol: Path, tmp_path: Path) -> None:
     at = ("--cluster", endpoint.cluster.address, "--keys-file", "none")
     for args, told in (
