@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -132,6 +133,25 @@ def test_changed_inputs_are_refused(tmp_path: Path, trainee: Path, what: str) ->
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{what}: .*(rows.jsonl|model.safetensors): sha256"):
         train_recipe(recipe, [])
+
+
+def test_a_run_is_planned_once(short: Path) -> None:
+    """What was predicted when it began holds as long as machine and recipe are the same."""
+    run = run_of(short)
+    began = list(read_events(run.events, "plan"))[-1]
+    cut_back(run, to_step=2)
+    assert train_recipe(short, []).resumed
+    again = list(read_events(run.events, "plan"))[-1]
+    assert again["time"] > began["time"] and again["verdict"] == began["verdict"]
+    for key in ("memory", "duration", "notes"):  # a probe never takes the same time twice
+        assert again[key] == began[key] and began[key] is not None
+    cut_back(run, to_step=2)
+    planned = json.loads(run.plan.read_text())
+    planned["machine"]["capacity_bytes"] += 1
+    run.plan.write_text(json.dumps(planned))
+    assert train_recipe(short, []).resumed
+    elsewhere = list(read_events(run.events, "plan"))[-1]
+    assert elsewhere["memory"] == began["memory"] and elsewhere["duration"] != began["duration"]
 
 
 DAMAGES = {

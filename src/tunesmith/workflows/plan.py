@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from tunesmith.workflows.plan_course import warnings_on
 from tunesmith.workflows.plan_duration import Ear, Run, time_of
 from tunesmith.workflows.plan_files import disk_of, published_bytes
 from tunesmith.workflows.plan_fit import Case, Remedy, Traced, find_remedy, target_of
-from tunesmith.workflows.plan_machine import Verdict
+from tunesmith.workflows.plan_machine import Machine, Verdict
 from tunesmith.workflows.plan_memory import plan_memory
 from tunesmith.workflows.plan_model import Size, size_of
 from tunesmith.workflows.plan_serving import ServingPlan, plan_serving
@@ -40,11 +40,14 @@ from tunesmith.workflows.plan_subject import (
 )
 
 T = TypeVar("T")
+# Of plan.json: what takes a trace of the step, or a probe.
+PREDICTED = ("memory", "duration", "serving", "notes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """See `make_plan`. unknown: what is not predicted, and why; remedy: what makes it fit."""
+    """See `make_plan`. unknown: what is not predicted, and why; remedy: what makes it fit; earlier: the plan,
+    as plan.json has it, whose predictions hold still."""
 
     subject: Subject
     size: Size
@@ -57,9 +60,13 @@ class RunPlan:
     remedy: Remedy | None = None
     samples: list[ShownRow] = field(default_factory=list)
     warnings: list[Warning] = field(default_factory=list)
+    earlier: Mapping[str, Any] | None = None
 
     @property
     def verdict(self) -> Verdict:
+        if self.earlier is not None:
+            known: Verdict = self.earlier["verdict"]
+            return known
         return self.subject.machine.verdict(self.memory)
 
     @property
@@ -86,17 +93,29 @@ class RunPlan:
             "verdict": self.verdict,
             "works": self.works,
         }
-        return found
+        return found | {key: self.earlier[key] for key in PREDICTED if self.earlier is not None}
 
 
-def make_plan(subject: Subject, *, rows: int = 0) -> RunPlan:
-    """Plan a run. rows: samples to show.
+def make_plan(subject: Subject, *, rows: int = 0, earlier: Mapping[str, Any] | None = None) -> RunPlan:
+    """Plan a run. rows: samples to show; earlier: the same run's plan, which `holds_still`: memory and time
+    are not predicted again.
 
     Raises UserError for what the recipe asks of the model and the model has not.
     """
     new_ids = new_token_ids(subject)
     size = size_of(subject.recipe, subject.model.config, new_token_ids=new_ids)
     work = work_of(subject)
+    if earlier is not None:
+        return RunPlan(
+            subject=subject,
+            size=size,
+            work=work,
+            disk=disk_of(subject, size, work),
+            memory=None,
+            samples=samples_of(subject, rows),
+            warnings=warnings_on(subject, work),
+            earlier=earlier,
+        )
     ear, traced = Ear(), traced_work(subject, new_ids)
     memory, note = _memory(subject, traced, ear)
     disk = disk_of(subject, size, work)
@@ -120,6 +139,13 @@ def make_plan(subject: Subject, *, rows: int = 0) -> RunPlan:
         samples=samples_of(subject, rows),
         warnings=warnings_on(subject, work),
     )
+
+
+def holds_still(plan: Mapping[str, Any], machine: Machine) -> bool:
+    """Whether what plan.json predicts is of this machine, and the run works on it."""
+    now, then = machine.as_dict(), plan["machine"]
+    passing = {"free_bytes", "base_bytes"}
+    return bool(plan["works"]) and all(then.get(key) == now[key] for key in now.keys() - passing)
 
 
 def refuse(plan: RunPlan) -> None:

@@ -40,6 +40,8 @@ def short_lines(plan: RunPlan) -> list[str]:
     work, size = plan.work, plan.size
     trained = f"{size.trained_parameters:,} of {size.parameters:,} parameters trained"
     lines = [f"plan: {_work_text(plan)}, {trained}"] if work.steps else []
+    if plan.earlier is not None:
+        lines.append("memory and time: as planned when the run began")
     if plan.memory is not None:
         lines.append(f"memory: {memory_text(plan.subject.machine, plan.memory)}: {plan.verdict}")
     lines += plan.unknown

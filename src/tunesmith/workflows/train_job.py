@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,8 @@ from tunesmith.core.units import duration_text
 from tunesmith.hub.lock import versions
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.recipe.resolve import resolve_steps
+from tunesmith.recipe.load import dump_yaml
+from tunesmith.recipe.resolve import resolve_steps, without_secrets
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import checkpoint, states
 from tunesmith.train.engines import SHARDED, make_engine
@@ -29,8 +31,8 @@ from tunesmith.train.metrics import final_events, peak_gib
 from tunesmith.train.ranks import Ranks
 from tunesmith.train.report import report
 from tunesmith.train.watch import Watch
-from tunesmith.workflows.plan import RunPlan, make_plan, refuse
-from tunesmith.workflows.plan_machine import this_machine
+from tunesmith.workflows.plan import RunPlan, holds_still, make_plan, refuse
+from tunesmith.workflows.plan_machine import Machine, this_machine
 from tunesmith.workflows.plan_model import PlannedModel
 from tunesmith.workflows.plan_subject import Subject
 from tunesmith.workflows.plan_view import short_lines
@@ -133,24 +135,36 @@ def plan_job(start: Start, inputs: Inputs, run: RunFolder) -> RunPlan:
     recipe, resumed = inputs.recipe, start.resumed and not start.fresh
     count = recipe.hardware.processes
     assert count != "auto" and recipe.hardware.device != "auto"
+    machine = this_machine(recipe.hardware.device, processes=count)
     plan = make_plan(
         Subject(
             recipe=recipe,
             written=start.written,
             run=run.path,
             model=PlannedModel(name=start.files.name, config=start.config, tokenizer=start.files.tokenizer),
-            machine=this_machine(recipe.hardware.device, processes=count),
+            machine=machine,
             data=inputs.data,
             tokenizer=inputs.tokenizer,
             gpus=count,
             present_bytes=checkpoint.folder_bytes(run.checkpoints) if resumed else 0,
-        )
+        ),
+        earlier=planned_before(run, recipe, machine) if resumed else None,
     )
     if not plan.works and not run.lock.is_file():
         with suppress(OSError):  # a disk too full for the plan must not hide why it is refused
             write_json(run.plan, plan.as_dict())
     refuse(plan)
     return plan
+
+
+def planned_before(run: RunFolder, recipe: Recipe, machine: Machine) -> dict[str, Any] | None:
+    """The plan that the run began with, where recipe and machine are what they were."""
+    try:
+        same = run.resolved.read_text(encoding="utf-8") == dump_yaml(without_secrets(recipe))
+        plan: dict[str, Any] = json.loads(run.plan.read_text(encoding="utf-8"))
+        return plan if same and holds_still(plan, machine) else None
+    except (OSError, ValueError, KeyError, TypeError):  # moved from elsewhere, or of another version
+        return None
 
 
 def open_job(
