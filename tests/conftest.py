@@ -22,7 +22,7 @@ __all__ = ["busybox_image", "docker_host", "python_image", "ssh_server", "use_do
 ROOT = Path(__file__).resolve().parent.parent
 # The files that take longest: started first, so that none of them runs alone at the end.
 LONGEST = (
-    "test_ray_serve", "test_train_ray", "test_containers", "test_image", "test_airgap", "test_parallel", "test_plan_parallel", "test_plan_memory",
+    "test_containers", "test_image", "test_airgap", "test_parallel", "test_plan_parallel", "test_plan_memory",
     "test_plan_time", "test_plan_fit", "test_methods", "test_parallel_faults", "test_train_faults",
     "test_foreign_clients", "test_serve", "test_engine_exact", "test_mixed_adapters",
     "test_gguf_llamacpp", "test_serve_engines", "test_served_tokens", "test_parity", "test_train",

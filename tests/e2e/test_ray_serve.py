@@ -25,6 +25,7 @@ from tunesmith.core.net import free_port
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.hosts,
+    pytest.mark.whole,  # a raylet does not start beside much other work
     pytest.mark.timeout(1200),
     pytest.mark.xdist_group("ray"),  # one cluster at a time: each takes all of a small machine
 ]
@@ -204,7 +205,6 @@ def test_a_killed_replica_takes_only_its_own_streams(endpoint: Endpoint) -> None
     assert endpoint.ask("And now?").status_code == 200
 
 
-@pytest.mark.whole
 def test_a_rolling_update_fails_no_request(endpoint: Endpoint, smol: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.symlink_to(smol)
@@ -234,7 +234,6 @@ def test_a_rolling_update_fails_no_request(endpoint: Endpoint, smol: Path, tmp_p
     assert paths == {str(second)}
 
 
-@pytest.mark.whole
 def test_replicas_come_when_requests_pile_up(endpoint: Endpoint, smol: Path) -> None:
     told = endpoint.serve(smol, "--replicas", 1, "--max-replicas", 2, "--keys-file", "none")
     assert (told["replicas"], told["max_replicas"]) == (1, 2) and len(endpoint.ready()) == 1
@@ -275,7 +274,6 @@ def test_what_cannot_be(cli: Cli, endpoint: Endpoint, smol: Path, tmp_path: Path
         assert "Traceback" not in failed.stderr
 
 
-@pytest.mark.whole
 def test_a_model_that_does_not_load_leaves_the_old_one(endpoint: Endpoint, cli: Cli, tmp_path: Path) -> None:
     before = endpoint.get("/v1/models").json()["data"][0]["path"]
     port = endpoint.url.rpartition(":")[2]

@@ -21,6 +21,7 @@ from tunesmith.train.metrics import loss_curve
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.hosts,
+    pytest.mark.whole,  # a raylet does not start beside much other work
     pytest.mark.timeout(900),
     pytest.mark.xdist_group("ray"),  # one cluster at a time: each takes all of a small machine
 ]
@@ -107,7 +108,6 @@ def test_a_worker_that_is_killed_costs_what_came_after_the_last_checkpoint(
     assert curve_of(recipe, name) == pytest.approx(curve, abs=1e-5)
 
 
-@pytest.mark.whole
 def test_ctrl_c_saves_and_one_process_goes_on(
     recipe: Path, curve: dict[int, float], cluster: RayCluster
 ) -> None:
@@ -125,7 +125,6 @@ def test_ctrl_c_saves_and_one_process_goes_on(
     assert curve_of(recipe, "stopped") == pytest.approx(curve, abs=1e-5)
 
 
-@pytest.mark.whole
 def test_an_error_that_no_retry_can_mend_is_told_once(
     recipe: Path, cluster: RayCluster, cli: Cli, tmp_path: Path
 ) -> None:
@@ -143,7 +142,6 @@ def test_an_error_that_no_retry_can_mend_is_told_once(
     assert what.removeprefix("error: ") in done.stderr.partition("\nerror: ")[2].splitlines()[0]
 
 
-@pytest.mark.whole
 def test_a_run_goes_on_with_fewer_workers_when_a_node_is_gone(
     recipe: Path, curve: dict[int, float], cluster: RayCluster
 ) -> None:
