@@ -43,14 +43,22 @@ def limit_memory(margin_mib: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-@contextmanager
-def limited_memory(margin_mib: float) -> Iterator[None]:
-    """Little memory for what is inside. Holes between what is in use would serve it: they are filled."""
+def fill_holes() -> list[int]:
+    """Take what lies free between what is in use: it would serve in place of new memory."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
     limit_memory(0.0)
     held = list(iter(lambda: libc.malloc(HOLE_BYTES), None)) if is_squeezed() else []
+    limit_memory(PLENTY_MIB)
+    return held
+
+
+@contextmanager
+def limited_memory(margin_mib: float) -> Iterator[None]:
+    """Little memory for what is inside."""
+    libc = ctypes.CDLL(None)
+    libc.free.argtypes = [ctypes.c_void_p]
+    held = fill_holes()
     limit_memory(margin_mib)
     try:
         yield
@@ -73,6 +81,7 @@ class Squeezed(Trainer):
 
     def train(self) -> Any:
         give_back_memory()
+        fill_holes()
         return super().train()
 
     def squeeze(self) -> None:

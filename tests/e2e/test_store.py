@@ -80,7 +80,7 @@ def test_sigkill_in_an_upload_and_resume_elsewhere(
     url: str, tmp_path: Path, trainee: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No half checkpoint for a reader, and the curve on the other machine is the one of a run never killed."""
-    steps = {"train": STEPS | {"max_steps": 30, "save_every": 1}}
+    steps = {"train": STEPS | {"max_steps": 120, "save_every": 1}}
     never = train_recipe(recipe_in(tmp_path / "never", trainee, tmp_path / "runs", **steps), [])
     recipe = recipe_in(tmp_path / "killed", trainee, f"{url}/runs", **steps)
     run = Store(f"{url}/runs/run")
@@ -94,7 +94,7 @@ def test_sigkill_in_an_upload_and_resume_elsewhere(
     on_another_machine(monkeypatch, tmp_path, "other")
     result = train_recipe(recipe, [])
     assert loss_curve(result.run.events) == loss_curve(never.run.events)
-    assert stored_steps(run.list()) == ["step-000029", "step-000030"]
+    assert stored_steps(run.list()) == ["step-000119", "step-000120"]
     assert not [name for name in run.list() if name.endswith(PARTIAL)]
 
 
