@@ -3,7 +3,7 @@
     with ray_cluster(folder) as cluster:
         cli("train", recipe, "--cluster", cluster.address, "--workers", "2")
 
-All ports are free ones, so that several clusters run side by side. Mark tests that use it with `hosts`.
+All ports are free ones, so that several clusters run side by side. Files that use it have the marks `marks()`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ AGENTS = (
     "metrics-export-port",
 )  # fmt: skip
 TRIES = 5
+
+
+def marks(timeout_s: int) -> list[pytest.MarkDecorator]:
+    """Of a file of tests on a cluster: by --whole, since a raylet does not start beside much other work, and
+    one cluster at a time, since each takes all of a small machine."""
+    mark = pytest.mark
+    return [mark.slow, mark.hosts, mark.whole, mark.timeout(timeout_s), mark.xdist_group("ray")]
 
 
 class Node(NamedTuple):

@@ -15,12 +15,12 @@ import pytest
 from tests import warm
 from tests.conftest import Cli
 from tests.e2e.train_helpers import write_recipe
-from tests.ray_cluster import RayCluster, ray_cluster, title
+from tests.ray_cluster import RayCluster, marks, ray_cluster, title
 from tunesmith.core.events import read_events
 from tunesmith.core.net import free_port
 from tunesmith.core.run_folder import RunFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.whole, pytest.mark.hosts]
+pytestmark = marks(600)
 
 
 @pytest.fixture(scope="module")

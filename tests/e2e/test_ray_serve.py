@@ -19,16 +19,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Cli
-from tests.ray_cluster import RayCluster, ray_cluster, title
+from tests.ray_cluster import RayCluster, marks, ray_cluster, title
 from tunesmith.core.net import free_port
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.hosts,
-    pytest.mark.whole,  # a raylet does not start beside much other work
-    pytest.mark.timeout(1200),
-    pytest.mark.xdist_group("ray"),  # one cluster at a time: each takes all of a small machine
-]
+pytestmark = marks(1200)
 REPLICAS = 2
 STREAMS = 64
 

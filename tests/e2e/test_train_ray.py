@@ -13,18 +13,12 @@ import pytest
 
 from tests.conftest import Cli
 from tests.e2e.train_helpers import Training, write_recipe
-from tests.ray_cluster import RayCluster, ray_cluster, title
+from tests.ray_cluster import RayCluster, marks, ray_cluster, title
 from tunesmith.core.events import read_events
 from tunesmith.core.run_folder import RunFolder
 from tunesmith.train.metrics import loss_curve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.hosts,
-    pytest.mark.whole,  # a raylet does not start beside much other work
-    pytest.mark.timeout(900),
-    pytest.mark.xdist_group("ray"),  # one cluster at a time: each takes all of a small machine
-]
+pytestmark = marks(900)
 
 STEPS = 60
 START_S = 300  # Ray starts a process for each worker, which imports all anew
@@ -93,7 +87,7 @@ def test_one_recipe_gives_one_curve_alone_by_torchrun_and_on_ray(
         assert curve_of(recipe, name) == pytest.approx(curve, abs=1e-5), name
 
 
-@pytest.mark.parametrize("node", [0, pytest.param(1, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("node", [0, 1])
 def test_a_worker_that_is_killed_costs_what_came_after_the_last_checkpoint(
     recipe: Path, curve: dict[int, float], cluster: RayCluster, node: int
 ) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -15,12 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from signal import SIGINT, SIGTERM
-from types import FrameType
+from signal import SIGINT
 from typing import Any
 
 from tunesmith.core.errors import Interrupted, MissingExtra, RunFailed, UserError
-from tunesmith.core.progress import say
+from tunesmith.core.stop import StopRequest
 
 RETRIES = 3
 CONNECT_S = 10.0
@@ -244,7 +242,6 @@ def _in_thread(call: Callable[[], Any], asked: Callable[[int], object]) -> Any:
     Raises KeyboardInterrupt by a second Ctrl-C.
     """
     box: list[Any] = []
-    signals: list[int] = []
 
     def run() -> None:
         try:
@@ -252,28 +249,15 @@ def _in_thread(call: Callable[[], Any], asked: Callable[[int], object]) -> Any:
         except BaseException as error:
             box.append((None, error))
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if signals and number == SIGINT:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in (SIGINT, SIGTERM)} if main else {}
-    try:
+    with StopRequest("{}: asking the workers to save and stop; again ends them") as stop:
         thread = threading.Thread(target=run, name="ray-train", daemon=True)
         thread.start()
         handed_on = False
         while thread.is_alive():
             thread.join(0.2)
-            if signals and not handed_on:
+            if stop.signal_number is not None and not handed_on:
                 handed_on = True
-                say(
-                    f"{signal.Signals(signals[0]).name}: asking the workers to save and stop; again ends them"
-                )
-                asked(signals[0])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                asked(stop.signal_number)
     value, error = box[0]
     if error is not None:
         raise error

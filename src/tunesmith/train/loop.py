@@ -20,6 +20,7 @@ from tunesmith.core.errors import Interrupted, RunFailed
 from tunesmith.core.events import EventLog
 from tunesmith.core.progress import Meter, say
 from tunesmith.core.run_folder import RunFolder
+from tunesmith.core.stop import SIGNALS, StopRequest
 from tunesmith.core.units import bytes_text
 from tunesmith.model.batch import Batch
 from tunesmith.recipe.schema import Recipe
@@ -33,7 +34,6 @@ from tunesmith.train.optim import make_schedule
 from tunesmith.train.precision import first_scale
 from tunesmith.train.seeds import seed_everything, seed_of
 from tunesmith.train.speed import speed_up
-from tunesmith.train.stop import SIGNALS, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)

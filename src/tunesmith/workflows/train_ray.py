@@ -18,13 +18,13 @@ from tunesmith.core.errors import Interrupted, RunFailed, TunesmithError, UserEr
 from tunesmith.core.net import free_port
 from tunesmith.core.progress import say
 from tunesmith.core.run_folder import RunFolder
+from tunesmith.core.stop import ask_to_stop
 from tunesmith.core.store import Store, is_url
 from tunesmith.hub.lock import versions
 from tunesmith.recipe.load import load_recipe, override
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.group import is_lost_peer
 from tunesmith.train.ranks import ranks_from
-from tunesmith.train.stop import ask_to_stop
 from tunesmith.workflows.launch import as_error
 from tunesmith.workflows.run_facts import run_folder, run_url
 from tunesmith.workflows.train import train_recipe

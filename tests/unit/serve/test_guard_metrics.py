@@ -24,8 +24,13 @@ def samples(app: Guard) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """(name, labels) -> value, as Prometheus' own parser reads the answer."""
     told = get(app, "/metrics")
     assert told.status == 200 and told.headers["content-type"].startswith("text/plain")
-    families = text_string_to_metric_families(told.body.decode())
-    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+    return parsed(told.body.decode())
+
+
+def parsed(text: str, **more: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """As `samples`, of a text; more: labels laid over those of each sample."""
+    found = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return {(s.name, frozenset({**s.labels, **more}.items())): s.value for s in found}
 
 
 def value(app: Guard, name: str, **labels: str) -> float:
@@ -143,17 +148,8 @@ def test_the_metrics_of_several_replicas_as_one() -> None:
     one = {name: get(app, "/metrics").body.decode() for name, app in apps.items()}
     text = joined(one).decode()
     assert text.count("# TYPE tunesmith_requests_total counter") == 1
-    found = {
-        (s.name, frozenset(s.labels.items())): s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-    }
-    alone = {
-        (s.name, frozenset({**s.labels, "replica": name}.items())): s.value
-        for name, of_one in one.items()
-        for family in text_string_to_metric_families(of_one)
-        for s in family.samples
-    }
+    found = parsed(text)
+    alone = {key: v for name, told in one.items() for key, v in parsed(told, replica=name).items()}
     assert found == alone
     answered = {
         dict(labels)["replica"]: count

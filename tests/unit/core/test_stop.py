@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tunesmith.train.stop import StopRequest, ask_to_stop
+from tunesmith.core.stop import StopRequest, ask_to_stop
 
 
 def test_a_signal_is_noted_and_the_second_ctrl_c_ends() -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask the loop to stop; a second SIGINT ends it at once."""
+"""SIGINT and SIGTERM ask what is running to stop; a second SIGINT ends it at once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ def ask_to_stop(number: int) -> None:
 class StopRequest:
     """`with StopRequest() as stop:` ... `if stop.signal_number:` finish, save, leave.
 
-    Signals can be caught in the main thread only; elsewhere only `ask_to_stop` is heard.
+    Signals can be caught in the main thread only; elsewhere only `ask_to_stop` is heard. told: what is said
+    then, with the signal's name for {}.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: str = SAVING) -> None:
+        self._told = told
         self._caught: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -54,4 +56,4 @@ class StopRequest:
         if self._caught is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._caught = number
-        say(SAVING.format(signal.Signals(number).name))
+        say(self._told.format(signal.Signals(number).name))
